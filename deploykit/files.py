@@ -1,0 +1,102 @@
+"""Files that are whole or absent.
+
+Every output is written under a temporary name in the folder it belongs to and renamed when it is
+complete, so a killed run, a full disk or an error leaves what was there before and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from deploykit.errors import OutputError
+
+
+def claim(path: str | os.PathLike[str], *, force: bool = False) -> Path:
+    """Check, before any work is done, that ``path`` may be written; return it as a Path.
+
+    Raises OutputError when it exists and ``force`` is not set, when its parent is no folder, or
+    when the folder cannot be written to. Parents are created only when the output is.
+    """
+    path = Path(path)
+    if path.exists() and not force:
+        raise OutputError(f"{path} exists already; give another -o, or --force to replace it")
+    parent = path.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise OutputError(f"cannot write {path}: {parent} is a file, not a folder; choose another -o")
+    if not os.access(parent, os.W_OK):
+        raise OutputError(f"cannot write {path}: no permission to write in {parent}; choose another -o")
+    return path
+
+
+def _explained(path: Path, error: OSError) -> OutputError:
+    reason = error.strerror or str(error)
+    return OutputError(f"cannot write {path}: {reason.lower()}; free some space or choose another -o")
+
+
+@contextlib.contextmanager
+def whole_file(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[Path]:
+    """Give a temporary path with the same suffix beside ``path``; rename it when the block ends well.
+
+    The temporary file is removed when the block raises. OSErrors (a full disk) become OutputError.
+    """
+    path = claim(path, force=force)
+    temporary: Path | None = None
+    try:
+        path.absolute().parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.absolute().parent)
+        os.close(handle)
+        temporary = Path(name)
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise _explained(path, error) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[Path]:
+    """The same for a folder. With ``force`` the old folder is moved aside and deleted only at the end."""
+    path = claim(path, force=force)
+    temporary: Path | None = None
+    try:
+        path.absolute().parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.absolute().parent))
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o777 & ~umask)
+        if path.is_dir() and not path.is_symlink():
+            old = Path(tempfile.mkdtemp(prefix=f".{path.name}-old-", dir=path.absolute().parent))
+            os.replace(path, old / "old")
+            os.replace(temporary, path)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+            os.replace(temporary, path)
+    except OSError as error:
+        raise _explained(path, error) from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """Hexadecimal SHA-256 of a file, read in pieces of one MiB."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while piece := stream.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
