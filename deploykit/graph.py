@@ -1,0 +1,557 @@
+"""The only file that knows Keras' graph: `trace` reads it, `replay` builds it again, `canonical` flattens it.
+
+A `Trace` is a flat list of calls (`Node`) between numbered tensors, in an order in which they can be
+run. Sequential and nested models are inlined: a nested model that is called contributes its own
+calls, once per call, so an inner layer of a model that is called twice shows up as a layer with two
+calls. Layers themselves are not copied and not touched; a trace is a description.
+
+`replay` walks a trace and builds a new functional model: every layer is cloned from its config
+(possibly changed), called on the new tensors and given its weights (possibly changed). A dropped
+node's call returns its input; where its output is an output of the model, an Identity of its name
+stands in, so that output names survive.
+
+What reads Keras' private parts (`_nodes_by_depth`, `Node.arguments`) is in `_calls` and nowhere else;
+they have been the same since Keras 3.0. What cannot be inlined exactly (a nested model that is called
+with a mask, or that converts what it is given) stays one opaque call.
+
+Limits: a subclassed model is traced by calling it symbolically; where its `call` does not allow that
+it is refused by name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import keras
+import numpy as np
+import numpy.typing as npt
+from keras import tree
+from keras.src.models.functional import Functional  # the class of functional models has no public name
+
+from deploykit.errors import UnsupportedModelError
+from deploykit.signature import Signature, TensorSpec
+
+L = keras.layers
+Config = dict[str, Any]
+Weights = Sequence[npt.NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Ref:
+    """A place in the arguments of a call where tensor number ``index`` goes."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Tensor:
+    index: int
+    shape: tuple[int | None, ...]
+    dtype: str
+    producer: int | None  # the node that makes it; None for an input of the model
+    masked: bool = False  # a Keras mask travels with it
+
+
+@dataclass(frozen=True, eq=False)
+class Node:
+    """One call of one layer (or plain Keras operation)."""
+
+    index: int
+    layer: Any  # keras.Operation; belongs to the traced model, never modified
+    name: str  # unique in the trace; the layer's own name unless two inlined layers collide
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    training: bool = False  # called with training=True
+
+    def __repr__(self) -> str:
+        return f"{self.name}({type(self.layer).__name__}) {self.inputs} -> {self.outputs}"
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """A model as a flat list of calls.
+
+    ``inputs`` and ``outputs`` are tensor numbers in the model's own (flattened) order, the structures
+    are the model's own nests of `Ref`. ``renamed`` maps the path of an inlined layer whose name was
+    taken to the name it has here.
+    """
+
+    name: str
+    nodes: tuple[Node, ...]
+    tensors: tuple[Tensor, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    input_structure: Any
+    output_structure: Any
+    signature: Signature
+    input_layers: tuple[Any, ...] = ()
+    trainable: bool = True
+    renamed: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def _consumers(self) -> dict[int, tuple[Node, ...]]:
+        found: dict[int, list[Node]] = {}
+        for node in self.nodes:
+            for tensor in dict.fromkeys(node.inputs):
+                found.setdefault(tensor, []).append(node)
+        return {tensor: tuple(nodes) for tensor, nodes in found.items()}
+
+    @cached_property
+    def _calls(self) -> dict[int, int]:
+        counts: dict[int, int] = {}
+        for node in self.nodes:
+            counts[id(node.layer)] = counts.get(id(node.layer), 0) + 1
+        return counts
+
+    def consumers(self, tensor: int) -> tuple[Node, ...]:
+        """The calls that read a tensor, each once, in order."""
+        return self._consumers.get(tensor, ())
+
+    def producer(self, tensor: int) -> Node | None:
+        """The call that makes a tensor; None for an input of the model."""
+        index = self.tensors[tensor].producer
+        return None if index is None else self.nodes[index]
+
+    def is_output(self, tensor: int) -> bool:
+        return tensor in self.outputs
+
+    def calls(self, node: Node) -> int:
+        """How often the node's layer is called in the whole trace."""
+        return self._calls[id(node.layer)]
+
+    def layers(self) -> list[Any]:
+        """Every layer and operation once, in order of first call."""
+        return list({id(node.layer): node.layer for node in self.nodes}.values())
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+def _calls(model: Any) -> Iterator[tuple[Any, Any, tuple[Any, ...], dict[str, Any], list[Any]]]:
+    """(operation, Keras node, args, kwargs, output tensors) of a functional model, in running order."""
+    by_depth = model._nodes_by_depth
+    for depth in sorted(by_depth, reverse=True):
+        for node in by_depth[depth]:
+            if node.operation is not None and not node.is_input:
+                yield node.operation, node, node.arguments.args, node.arguments.kwargs, node.outputs
+
+
+def _functional(model: Any) -> Any | None:
+    """The functional form of a model whose graph Keras already holds, or None."""
+    if isinstance(model, keras.Sequential):
+        return model._functional if type(model).call is keras.Sequential.call else None
+    if isinstance(model, Functional):
+        return model if type(model).call is Functional.call else None
+    return None
+
+
+def _symbolic(model: Any) -> Any:
+    """A subclassed model as a functional one, by calling it on symbolic inputs."""
+    known = f"{type(model).__name__} '{model.name}'"
+    build = model.get_build_config() or {}
+    shape = getattr(model, "input_shape", None) if isinstance(model, Functional) else build.get("input_shape")
+    if not isinstance(shape, (tuple, list)) or not all(size is None or isinstance(size, int) for size in shape):
+        raise UnsupportedModelError(
+            f"cannot read the graph of the subclassed model {known}: it records no single input shape; "
+            "build it as a functional model"
+        )
+    inputs = keras.Input(batch_shape=(None, *shape[1:]), name="input")
+    try:
+        outputs = model.call(inputs)
+        return keras.Model(inputs, outputs, name=model.name)
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"cannot read the graph of the subclassed model {known}: its call() does not work on symbolic tensors "
+            f"({type(error).__name__}); build it as a functional model"
+        ) from error
+
+
+class _Reader:
+    """Collects the calls of a model and of the models inside it."""
+
+    def __init__(self) -> None:
+        self.nodes: list[Node] = []
+        self.tensors: list[Tensor] = []
+        self.names: dict[int, str] = {}
+        self.renamed: dict[str, str] = {}
+        self.kept_alive: list[Any] = []
+
+    def tensor(self, symbol: Any, producer: int | None, masked: bool = False) -> int:
+        masked = masked or getattr(symbol, "_keras_mask", None) is not None
+        self.tensors.append(Tensor(len(self.tensors), tuple(symbol.shape), symbol.dtype, producer, masked))
+        return len(self.tensors) - 1
+
+    def name(self, layer: Any, path: str) -> str:
+        if id(layer) not in self.names:
+            name, taken = layer.name, set(self.names.values())
+            if name in taken:  # Keras forbids "/" in the name of a layer
+                stem = ".".join((path + layer.name).split("/"))
+                name = next(n for i in range(len(taken) + 2) if (n := stem + (f"_{i}" if i else "")) not in taken)
+                self.renamed[path + layer.name] = name
+            self.names[id(layer)] = name
+        return self.names[id(layer)]
+
+    def read(self, model: Any, numbers: dict[int, int], training: bool, path: str) -> list[int]:
+        """Append the calls of a functional model; ``numbers`` maps id(symbol) of its inputs to tensors."""
+        self.kept_alive.append(model)
+        for layer, keras_node, args, kwargs, outputs in _calls(model):
+            if any(id(symbol) not in numbers for symbol in keras_node.input_tensors):
+                continue  # belongs to another model that shares layers with this one
+            mode = kwargs.get("training")
+            mode = training if mode is None else bool(mode)
+            inner = _functional(layer)
+            if inner is not None and self.inlines(inner, args, kwargs, numbers):
+                given = {id(x): numbers[id(y)] for x, y in zip(inner.inputs, tree.flatten(args[0]), strict=True)}
+                results = self.read(inner, given, mode, f"{path}{layer.name}/")
+            else:
+                results = self.call(layer, args, kwargs, outputs, numbers, mode, path)
+            numbers.update((id(symbol), result) for symbol, result in zip(outputs, results, strict=True))
+        return [numbers[id(symbol)] for symbol in model.outputs]
+
+    def inlines(self, inner: Any, args: tuple[Any, ...], kwargs: dict[str, Any], numbers: dict[int, int]) -> bool:
+        """Whether calling ``inner`` does nothing but run its calls: no mask given, nothing converted."""
+        if len(args) != 1 or any(value is not None for key, value in kwargs.items() if key != "training"):
+            return False
+        given = tree.flatten(args[0])
+        if len(given) != len(inner.inputs) or isinstance(args[0], dict) != isinstance(inner.input, dict):
+            return False
+        tensors = [self.tensors[numbers[id(symbol)]] for symbol in given]
+        return all(len(t.shape) == len(x.shape) and t.dtype == x.dtype for t, x in zip(tensors, inner.inputs, strict=True))
+
+    def call(
+        self,
+        layer: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        symbols: list[Any],
+        numbers: dict[int, int],
+        training: bool,
+        path: str,
+    ) -> list[int]:
+        def place(value: Any) -> Any:
+            return Ref(numbers[id(value)]) if isinstance(value, keras.KerasTensor) else value
+
+        index = len(self.nodes)
+        args, kwargs = tree.map_structure(place, args), tree.map_structure(place, kwargs)
+        inputs = tuple(value.index for value in tree.flatten((args, kwargs)) if isinstance(value, Ref))
+        masked = getattr(layer, "supports_masking", False) and any(self.tensors[i].masked for i in inputs)
+        results = [self.tensor(symbol, index, masked) for symbol in symbols]
+        name = self.name(layer, path)
+        self.nodes.append(Node(index, layer, name, args, kwargs, inputs, tuple(results), training))
+        return results
+
+
+def trace(model: Any) -> Trace:
+    """Read a Keras model. The model is not changed.
+
+    Raises UnsupportedModelError for a model without known inputs or whose graph cannot be read.
+    """
+    if isinstance(model, keras.Sequential) and model._functional is None:
+        raise UnsupportedModelError(
+            f"Sequential model '{model.name}' has no input shape; add keras.Input(shape=...) and save it again"
+        )
+    functional = _functional(model)
+    if functional is None:
+        functional = _symbolic(model)
+    reader = _Reader()
+    numbers = {id(symbol): reader.tensor(symbol, None) for symbol in functional.inputs}
+    inputs = tuple(numbers.values())
+    input_layers = tuple(symbol._keras_history.operation for symbol in functional.inputs)
+    for layer in input_layers:
+        reader.names[id(layer)] = layer.name
+    with _deep_recursion(len(functional.operations)):
+        outputs = tuple(reader.read(functional, numbers, False, ""))
+    position = {id(symbol): index for index, symbol in enumerate(functional.inputs)}
+    counter = iter(range(len(outputs)))
+    found = Trace(
+        name=model.name,
+        nodes=tuple(reader.nodes),
+        tensors=tuple(reader.tensors),
+        inputs=inputs,
+        outputs=outputs,
+        input_structure=tree.map_structure(lambda symbol: Ref(position[id(symbol)]), functional.input),
+        output_structure=tree.map_structure(lambda symbol: Ref(next(counter)), functional.output),
+        signature=Signature((), ()),
+        input_layers=input_layers,
+        trainable=model.trainable,
+        renamed=dict(reader.renamed),
+    )
+    return replace(found, signature=_signature(found))
+
+
+def _signature(found: Trace) -> Signature:
+    inputs = []
+    for index, layer in zip(found.inputs, found.input_layers, strict=True):
+        low, high = _plausible_range(found, index)
+        tensor = found.tensors[index]
+        inputs.append(TensorSpec(layer.name, tensor.shape, tensor.dtype, low, high))
+    names: list[str] = []
+    paths = tree.flatten_with_path(found.output_structure) if isinstance(found.output_structure, dict) else None
+    for place, index in enumerate(found.outputs):
+        producer = found.producer(index)
+        name = producer.name if producer is not None else found.input_layers[found.inputs.index(index)].name
+        if paths is not None:
+            name = ".".join(str(key) for key in paths[place][0])
+        if name in names:
+            name = next(n for i in range(1, len(names) + 2) if (n := f"{name}_{i}") not in names)
+        names.append(name)
+    outputs = tuple(
+        TensorSpec(name, found.tensors[index].shape, found.tensors[index].dtype)
+        for name, index in zip(names, found.outputs, strict=True)
+    )
+    return Signature(tuple(inputs), outputs)
+
+
+def signature(model: Any) -> Signature:
+    """Names, shapes, dtypes and plausible ranges of a model's inputs and outputs, in the model's order.
+
+    An input is called what its InputLayer is called; an output what the layer that makes it is called,
+    or its key where the model returns a dict.
+    """
+    return trace(model).signature
+
+
+def _plausible_range(found: Trace, tensor: int) -> tuple[float | None, float | None]:
+    """What the first layers say about the values of an input: (low, high), or (None, None)."""
+    for node in found.consumers(tensor):
+        layer = node.layer
+        if isinstance(layer, L.Embedding):
+            return 0.0, float(layer.input_dim - 1)
+        if isinstance(layer, L.Rescaling) and np.ndim(layer.scale) == 0 and np.ndim(layer.offset) == 0 and layer.scale:
+            # made to map what comes in to 0..1 or to -1..1
+            low, high = ((bound - float(layer.offset)) / float(layer.scale) for bound in (0.0, 1.0))
+            if float(layer.offset) < 0:
+                low = (-1.0 - float(layer.offset)) / float(layer.scale)
+            return round(min(low, high), 6), round(max(low, high), 6)
+        if isinstance(layer, L.Normalization) and not layer.invert and getattr(layer, "mean", None) is not None:
+            mean = keras.ops.convert_to_numpy(layer.mean).astype(np.float64)
+            deviation = np.sqrt(keras.ops.convert_to_numpy(layer.variance).astype(np.float64))
+            return float((mean - 2 * deviation).min()), float((mean + 2 * deviation).max())
+    return None, None
+
+
+# --------------------------------------------------------------------------------------------- building
+
+
+@contextlib.contextmanager
+def _deep_recursion(calls: int) -> Iterator[None]:
+    """Keras walks graphs recursively; a chain of a thousand layers needs more than Python's default."""
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(max(before, 20 * calls + 1000))
+    try:
+        yield
+    finally:
+        sys.setrecursionlimit(before)
+
+
+@contextlib.contextmanager
+def _undisturbed_random() -> Iterator[None]:
+    """Building a layer draws initial weights and seeds from Python's generator; put it back."""
+    state = random.getstate()
+    try:
+        yield
+    finally:
+        random.setstate(state)
+
+
+def _is_float(dtype: Any) -> bool:
+    """Whether a dtype, a policy name or a policy config stands for floating-point computation."""
+    if isinstance(dtype, Mapping):
+        dtype = dtype.get("config", {}).get("name")
+    return isinstance(dtype, str) and ("float" in dtype)
+
+
+def _with_dtype(config: Any, dtype: str) -> Any:
+    """A layer config in which every floating-point dtype policy, also of wrapped layers, is ``dtype``."""
+    if isinstance(config, Mapping):
+        return {
+            key: dtype if key == "dtype" and _is_float(value) else _with_dtype(value, dtype)
+            for key, value in config.items()
+        }
+    if isinstance(config, (list, tuple)):
+        return type(config)(_with_dtype(value, dtype) for value in config)
+    return config
+
+
+def _clone(node: Node, changes: Config, dtype: str | None) -> Any:
+    layer = node.layer
+    try:
+        config = dict(layer.get_config())
+        if "name" in config:
+            config["name"] = node.name
+        config.update(changes)
+        if dtype is not None:
+            config = _with_dtype(config, dtype)
+        return type(layer).from_config(config)
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"cannot copy layer '{node.name}' ({type(layer).__name__}): its get_config/from_config do not rebuild it "
+            f"({type(error).__name__})"
+        ) from error
+
+
+def _cast_constant(value: Any, dtype: str) -> Any:
+    if isinstance(value, np.ndarray) and np.issubdtype(value.dtype, np.floating):
+        return value.astype(dtype)
+    return value
+
+
+def numpy(variable: Any) -> npt.NDArray[Any]:
+    """The value of a Keras variable or tensor as a numpy array of its own dtype."""
+    return np.asarray(keras.ops.convert_to_numpy(variable))
+
+
+def _copy_weights(new: Any, old: Any, name: str) -> None:
+    if len(new.weights) != len(old.weights):
+        raise UnsupportedModelError(f"cannot copy layer '{name}' ({type(old).__name__}): its copy has other weights")
+    for target, source in zip(new.weights, old.weights, strict=True):
+        target.assign(numpy(source))
+
+
+# Activations that squash an output so far that differences in front of it hardly show behind it.
+_SQUASHING = {"softmax", "sigmoid", "log_softmax", "hard_sigmoid", "tanh"}
+
+
+def _squashes(node: Node) -> str | None:
+    """How to see in front of a squashing last call: 'split' its activation off, or take its 'input'."""
+    activation = getattr(node.layer, "activation", None)
+    squashing = getattr(activation, "__name__", None) in _SQUASHING
+    if isinstance(node.layer, L.Activation):
+        return "input" if squashing else None
+    if type(node.layer) in (L.Dense, L.Conv1D, L.Conv2D, L.Conv3D) and squashing:
+        return "split"
+    if isinstance(node.layer, L.Softmax) or type(node.layer).__name__.lower() in _SQUASHING:
+        return "input"  # keras.ops.softmax(x) in the graph
+    return None
+
+
+def replay(
+    found: Trace,
+    *,
+    changes: Mapping[str, Config] | None = None,
+    weights: Callable[[str], Mapping[str, npt.NDArray[Any]] | None] = lambda name: None,
+    dropped: Mapping[str, str] | frozenset[str] = frozenset(),
+    dtype: str | None = None,
+    logits: bool = False,
+) -> Any:
+    """Build a new functional model from a trace.
+
+    ``changes``: layer name -> config entries that replace the layer's own.
+    ``weights``: layer name -> {variable attribute: value} or None for a copy of the layer's own weights;
+    asked once per layer, right after the layer was built, and its answer is not kept.
+    ``dropped``: names of layers whose call returns its (single) input.
+    ``dtype``: compute in this dtype throughout ("float64" for a reference).
+    ``logits``: append, as further outputs, what goes into a final softmax, sigmoid or the like.
+    """
+    changes = changes or {}
+    tensors: dict[int, Any] = {}
+    layers: dict[int, Any] = {}
+    extra: list[Any] = []
+
+    def put(value: Any) -> Any:
+        if isinstance(value, Ref):
+            return tensors[value.index]
+        return value if dtype is None else _cast_constant(value, dtype)
+
+    with _undisturbed_random(), _deep_recursion(len(found.nodes)):
+        for index, layer in zip(found.inputs, found.input_layers, strict=True):
+            config = layer.get_config() if isinstance(layer, L.InputLayer) else {}
+            tensor = found.tensors[index]
+            tensors[index] = keras.Input(
+                batch_shape=tensor.shape,
+                dtype=dtype if dtype is not None and _is_float(tensor.dtype) else tensor.dtype,
+                name=layer.name,
+                sparse=bool(config.get("sparse", False)),
+                optional=bool(config.get("optional", False)),
+            )
+        for node in found.nodes:
+            if node.name in dropped:
+                result = tensors[node.inputs[0]]
+                if found.is_output(node.outputs[0]):
+                    result = L.Identity(name=node.name, dtype=dtype or node.layer.dtype_policy)(result)
+                tensors[node.outputs[0]] = result
+                continue
+            args, kwargs = tree.map_structure(put, node.args), tree.map_structure(put, node.kwargs)
+            last = logits and any(found.is_output(index) for index in node.outputs)
+            see = _squashes(node) if last and found.calls(node) == 1 else None
+            if see == "input":
+                extra.append(tensors[node.inputs[0]])
+            new = layers.get(id(node.layer))
+            if new is None:
+                change = dict(changes.get(node.name, {}))
+                if see == "split":
+                    change["activation"] = "linear"
+                layers[id(node.layer)] = new = _clone(node, change, dtype)
+                results = new(*args, **kwargs)
+                if isinstance(node.layer, L.Layer):
+                    given = weights(node.name)
+                    if given is None:
+                        _copy_weights(new, node.layer, node.name)
+                    else:
+                        for name, value in given.items():
+                            getattr(new, name).assign(value)
+                    for part in new._flatten_layers():
+                        if isinstance(part, L.Normalization):
+                            part.finalize_state()  # what an adapted layer computes with is derived from its weights
+            else:
+                results = new(*args, **kwargs)
+            if see == "split":
+                extra.append(results)
+                results = L.Activation(node.layer.activation, dtype=dtype, name=f"{node.name}.{see}")(results)
+            tensors.update(zip(node.outputs, tree.flatten(results), strict=True))
+
+        inputs = tree.map_structure(lambda ref: tensors[found.inputs[ref.index]], found.input_structure)
+        outputs = tree.map_structure(lambda ref: tensors[found.outputs[ref.index]], found.output_structure)
+        if logits:
+            outputs = [*tree.flatten(outputs), *extra]
+        return keras.Model(inputs, outputs, name=found.name, trainable=found.trainable)
+
+
+def canonical(model: Any) -> Any:
+    """The same model as one flat functional graph of fresh layers."""
+    return replay(trace(model))
+
+
+# ---------------------------------------------------------------------------------------------- running
+
+
+def run(model: Any, arrays: Mapping[str, npt.NDArray[Any]], *, batch: int = 32) -> list[npt.NDArray[Any]]:
+    """Evaluate a functional model in inference mode on arrays keyed by input name, in slices of ``batch``.
+
+    Returns the outputs in the model's flattened order.
+    """
+    names = [symbol._keras_history.operation.name for symbol in model.inputs]
+    count = len(arrays[names[0]])
+    pieces = []
+    for start in range(0, count, batch):
+        flat = [
+            keras.ops.convert_to_tensor(arrays[name][start : start + batch], dtype=symbol.dtype)
+            for name, symbol in zip(names, model.inputs, strict=True)
+        ]
+        outputs = model(tree.pack_sequence_as(model.input, flat), training=False)
+        pieces.append([numpy(output) for output in tree.flatten(outputs)])
+    return [np.concatenate(parts) for parts in zip(*pieces, strict=True)]
+
+
+def values_per_sample(found: Trace, free: int = 32) -> int:
+    """How many numbers one sample makes on its way through the model: a yardstick for memory."""
+    sizes = [[free if size is None else size for size in tensor.shape[1:]] for tensor in found.tensors]
+    return sum(int(np.prod(size)) for size in sizes)
+
+
+def float32_only(found: Trace) -> tuple[str, ...]:
+    """Layers that TensorFlow evaluates in float32 whatever their dtype policy."""
+    names = []
+    for node in found.nodes:
+        interpolation = getattr(node.layer, "interpolation", "nearest")
+        if isinstance(node.layer, (L.UpSampling2D, L.Resizing)) and interpolation != "nearest":
+            names.append(node.name)
+    return tuple(dict.fromkeys(names))
