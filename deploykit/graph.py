@@ -224,7 +224,8 @@ class _Reader:
         if len(given) != len(inner.inputs) or isinstance(args[0], dict) != isinstance(inner.input, dict):
             return False
         tensors = [self.tensors[numbers[id(symbol)]] for symbol in given]
-        return all(len(t.shape) == len(x.shape) and t.dtype == x.dtype for t, x in zip(tensors, inner.inputs, strict=True))
+        pairs = zip(tensors, inner.inputs, strict=True)
+        return all(len(tensor.shape) == len(x.shape) and tensor.dtype == x.dtype for tensor, x in pairs)
 
     def call(
         self,
@@ -265,8 +266,9 @@ def trace(model: Any) -> Trace:
     numbers = {id(symbol): reader.tensor(symbol, None) for symbol in functional.inputs}
     inputs = tuple(numbers.values())
     input_layers = tuple(symbol._keras_history.operation for symbol in functional.inputs)
-    for layer in input_layers:
-        reader.names[id(layer)] = layer.name
+    for layer in (*input_layers, *functional.operations):  # names of the outermost level are never changed
+        if _functional(layer) is None:
+            reader.names[id(layer)] = layer.name
     with _deep_recursion(len(functional.operations)):
         outputs = tuple(reader.read(functional, numbers, False, ""))
     position = {id(symbol): index for index, symbol in enumerate(functional.inputs)}
@@ -332,8 +334,8 @@ def _plausible_range(found: Trace, tensor: int) -> tuple[float | None, float | N
                 low = (-1.0 - float(layer.offset)) / float(layer.scale)
             return round(min(low, high), 6), round(max(low, high), 6)
         if isinstance(layer, L.Normalization) and not layer.invert and getattr(layer, "mean", None) is not None:
-            mean = keras.ops.convert_to_numpy(layer.mean).astype(np.float64)
-            deviation = np.sqrt(keras.ops.convert_to_numpy(layer.variance).astype(np.float64))
+            mean = numpy(layer.mean).astype(np.float64)
+            deviation = np.sqrt(numpy(layer.variance).astype(np.float64))
             return float((mean - 2 * deviation).min()), float((mean + 2 * deviation).max())
     return None, None
 
@@ -406,7 +408,7 @@ def _cast_constant(value: Any, dtype: str) -> Any:
 
 def numpy(variable: Any) -> npt.NDArray[Any]:
     """The value of a Keras variable or tensor as a numpy array of its own dtype."""
-    return np.asarray(keras.ops.convert_to_numpy(variable))
+    return np.asarray(keras.ops.convert_to_tensor(variable).numpy())
 
 
 def _copy_weights(new: Any, old: Any, name: str) -> None:

@@ -1,0 +1,204 @@
+"""Fuse: analyse, plan, apply, prove.
+
+A plan says what goes (`deploykit.fuse.plan`), applying it gives a model (`deploykit.fuse.apply`), and the
+proof compares that model with the original (`deploykit.fuse.proof`). Three findings send a plan back,
+each with the sources at fault marked as kept and the reason with them:
+
+    a cast that loses a weight       the sources whose edits land in that layer
+    a proof that does not hold       the sources found by halving: fused alone they break it
+    a float32 answer that is worse   the same, judged by float32 error: more than 3x the original's own
+                                     plus 4 ulp (conditioning: exact in algebra, but digits are lost)
+
+The factor 3 lies below what `deploykit check` allows (4), so that what passes here passes there.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+# DATA-STUB
+synthesize = None  # type: ignore
+from deploykit.errors import ProofError
+from deploykit.fuse import proof as proofs
+from deploykit.fuse.apply import apply
+from deploykit.fuse.plan import Decision, Plan
+from deploykit.fuse.plan import plan as make_plan
+from deploykit.fuse.proof import Proof, Reference
+from deploykit.fuse.reasons import CODES, Refusal
+from deploykit.graph import Trace, float32_only, run, trace
+from deploykit.load.health import refuse_rewriting
+
+__all__ = ["CODES", "Decision", "Fused", "Plan", "Proof", "Refusal", "fuse"]
+
+CONDITIONING_FACTOR = 3.0
+CONDITIONING_FLOOR_ULP = 4.0
+
+
+@dataclass(frozen=True, eq=False)
+class Fused:
+    """A fused model with everything that was decided and measured.
+
+    ``seconds``: "trace", "plan", "apply" and "proof". ``renamed``: path of an inlined layer whose name
+    was taken -> its name here. ``proof`` is None after a dry run.
+    """
+
+    model: Any
+    decisions: tuple[Decision, ...]
+    proof: Proof | None
+    notices: tuple[str, ...]
+    renamed: Mapping[str, str]
+    params_before: int
+    params_after: int
+    seconds: Mapping[str, float]
+
+    def count(self, outcome: str) -> int:
+        return sum(decision.outcome == outcome for decision in self.decisions)
+
+
+def _parameters(model: Any) -> int:
+    return sum(math.prod(variable.shape) for variable in model.weights)
+
+
+def blame(suspects: Sequence[str], passes: Callable[[frozenset[str]], bool]) -> list[str]:
+    """The sources at fault: the smallest halves that fail on their own.
+
+    ``passes(group)`` says whether all is well with only ``group`` fused. A group that fails although both
+    its halves pass is at fault as a whole.
+    """
+    if passes(frozenset(suspects)):
+        return []
+    if len(suspects) == 1:
+        return list(suspects)
+    middle = len(suspects) // 2
+    found = blame(suspects[:middle], passes) + blame(suspects[middle:], passes)
+    return found or list(suspects)
+
+
+def _float32_limit(ref: Reference) -> float:
+    dtypes = [output.dtype for output in ref.float32 if output.dtype.kind == "f" or output.dtype.name == "bfloat16"]
+    ulp = max((2.0**-7 if d.name == "bfloat16" else float(np.finfo(d).eps) for d in dtypes), default=0.0)
+    return CONDITIONING_FACTOR * ref.error(ref.float32, evidence_only=False) + CONDITIONING_FLOOR_ULP * ulp
+
+
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """One fuse: the trace and what the user asked for."""
+
+    found: Trace
+    keep: Collection[str]
+    barrier: Collection[str]
+
+    def plan(self, refused: Mapping[str, Refusal]) -> Plan:
+        return make_plan(self.found, keep=self.keep, barrier=self.barrier, refused=refused)
+
+    def only(self, group: frozenset[str], everything: Collection[str]) -> Plan:
+        away = Refusal("kept_by_user", "left out of a trial")
+        return self.plan({name: away for name in everything if name not in group})
+
+    def at_fault(self, plan: Plan, fails: Callable[[Plan], bool]) -> list[str]:
+        suspects = sorted(plan.dropped)
+        everything = [decision.layer for decision in plan.decisions]
+        return blame(suspects, lambda group: not fails(self.only(group, everything)))
+
+    def run(self, plan: Plan, ref: Reference) -> list[npt.NDArray[Any]]:
+        return run(apply(self.found, plan).model, ref.samples, batch=ref.batch)
+
+
+def fuse(
+    model: Any,
+    *,
+    keep: Collection[str] = (),
+    barrier: Collection[str] = (),
+    samples: Mapping[str, npt.NDArray[Any]] | None = None,
+    seed: int = 0,
+    prove: bool = True,
+) -> Fused:
+    """Fold every affine of a Keras model that can go exactly; the model given is not touched.
+
+    ``keep``: names of layers that must stay; ``barrier``: layers no affine may enter or cross.
+    ``samples``: inputs of the proof, keyed by input name; synthetic ones (``seed``) when absent.
+    ``prove=False`` leaves the proof out (the result then says ``proof=None``).
+
+    Raises UnsupportedModelError for models that must not be rewritten, ProofError when what was fused
+    does not reproduce the original.
+    """
+    refuse_rewriting(model)
+    clock = time.perf_counter
+    start = clock()
+    found = trace(model)
+    job = _Job(found, keep, barrier)
+    seconds = {"trace": clock() - start, "plan": 0.0, "apply": 0.0, "proof": 0.0}
+    notices = []
+    if getattr(model, "compiled", False):
+        notices.append("the model is compiled; the fused one is for inference and is not")
+    ref: Reference | None = None
+    refused: dict[str, Refusal] = {}
+    while True:
+        start = clock()
+        plan = job.plan(refused)
+        seconds["plan"] += clock() - start
+        start = clock()
+        applied = apply(found, plan)
+        seconds["apply"] += clock() - start
+        if applied.losses:
+            refused.update(applied.losses)
+            continue
+        if not prove:
+            proof = None
+            break
+        start = clock()
+        if ref is None:
+            if samples is None:
+                samples = synthesize(found.signature, count=proofs.proof_count(found), seed=seed).arrays
+            ref = proofs.reference(found, model, samples, seed)
+        proof = proofs.prove(found, plan, applied.model, ref)
+        worse = _worse(job, plan, proof, ref)
+        seconds["proof"] += clock() - start
+        if not worse:
+            break
+        if not set(worse) - set(refused):
+            raise ProofError(
+                f"the rebuilt model differs from the original by {proof.exactness_f64:.2g} in float64 "
+                f"(bound {proof.exactness_bound:.2g}) even with nothing fused; please report it"
+            )
+        refused.update(worse)
+    notices += applied.notices
+    single = float32_only(found)
+    if prove and single:
+        notices.append(f"TensorFlow evaluates {', '.join(single[:3])} in float32 whatever the dtype policy")
+    return Fused(
+        model=applied.model,
+        decisions=plan.decisions,
+        proof=proof,
+        notices=tuple(notices),
+        renamed=found.renamed,
+        params_before=_parameters(model),
+        params_after=_parameters(applied.model),
+        seconds=seconds,
+    )
+
+
+def _worse(job: _Job, plan: Plan, proof: Proof, ref: Reference) -> dict[str, Refusal]:
+    """The sources that a plan must give up, with the reason; empty when all is well."""
+    if not proof.holds:
+        if not plan.dropped:
+            raise ProofError(
+                f"the rebuilt model differs from the original by {proof.exactness_f64:.2g} in float64 "
+                f"(bound {proof.exactness_bound:.2g}) with nothing fused; please report it"
+            )
+        names = job.at_fault(plan, lambda trial: proofs.exactness(job.found, trial, ref)[0] > ref.bound)
+        reason = f"fused, the model would differ by {proof.exactness_f64:.2g} in float64"
+        return {name: Refusal("proof_failed", reason) for name in names}
+    limit = _float32_limit(ref)
+    if proof.float32_fused > limit and plan.dropped:
+        names = job.at_fault(plan, lambda trial: ref.error(job.run(trial, ref), evidence_only=False) > limit)
+        bits = math.log2(proof.float32_fused / max(proof.float32_original, np.finfo(np.float32).eps))
+        return {name: Refusal("conditioning", f"would lose {bits:.1f} bits in float32") for name in names}
+    return {}

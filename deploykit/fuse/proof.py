@@ -1,0 +1,175 @@
+"""The proof: original and fused, both in float64, on the same inputs.
+
+    exactness_f64      fused with its float64 weights, before the cast, against the original: relative L2
+    exactness_bound    max(1e-12, 32 x noise), which exactness_f64 must not exceed
+    noise_f64          the original against itself with every weight moved by one float64 ulp up or down:
+                       by backward error analysis (Higham, Accuracy and Stability, ch. 3) that is what
+                       summing in another order amounts to, so it is what exact algebra may differ by
+    exactness_stored   the fused weights as the file has them, evaluated in float64
+    float32_*          both models as they run, against the float64 original: what the rounding costs
+
+Every output counts, and besides it what goes into a final softmax, sigmoid or the like, because those
+hide differences. An output that hardly varies from sample to sample (spread below 1e-6 of its size)
+is listed as insensitive and is no evidence; without any evidence there is no proof. The two float64
+models never live at the same time.
+
+Limits: a model that does not answer the same twice (noise above 1e-5: random layers) cannot be proven.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from deploykit.errors import ProofError
+from deploykit.fuse.apply import apply
+from deploykit.fuse.plan import Plan
+from deploykit.graph import Trace, numpy, replay, run, values_per_sample
+
+Arrays = Sequence[npt.NDArray[Any]]
+FLOOR = 1e-12  # relative L2 that float64 reaches on any net that is not ill-conditioned
+NOISE_FACTOR = 32
+INSENSITIVE = 1e-6
+IRREPRODUCIBLE = 1e-5
+
+
+@dataclass(frozen=True)
+class Proof:
+    """Relative L2 errors, the largest over all outputs that are evidence."""
+
+    exactness_f64: float
+    exactness_bound: float
+    exactness_stored: float
+    noise_f64: float
+    float32_original: float
+    float32_fused: float
+    insensitive: tuple[str, ...]
+    samples: int
+
+    @property
+    def holds(self) -> bool:
+        return self.exactness_f64 <= self.exactness_bound
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """The original in float64 on the proof's inputs; computed once for all attempts."""
+
+    samples: Mapping[str, npt.NDArray[Any]]
+    batch: int
+    names: tuple[str, ...]
+    outputs: tuple[npt.NDArray[Any], ...]  # the model's own, then what goes into squashing ends
+    evidence: tuple[bool, ...]
+    noise: float
+    float32: tuple[npt.NDArray[Any], ...]
+
+    @property
+    def bound(self) -> float:
+        return max(FLOOR, NOISE_FACTOR * self.noise)
+
+    def error(self, outputs: Arrays, *, evidence_only: bool = True) -> float:
+        """Largest relative L2 distance of outputs to the reference."""
+        pairs = zip(outputs, self.outputs, self.evidence, strict=False)
+        return max((distance(a, b) for a, b, counts in pairs if counts or not evidence_only), default=math.inf)
+
+
+def distance(candidate: npt.NDArray[Any], reference: npt.NDArray[Any]) -> float:
+    """||c - r|| / ||r|| over the elements where r is finite; infinite where c is not finite there."""
+    if candidate.shape != reference.shape:
+        return math.inf
+    if not np.issubdtype(reference.dtype, np.floating):
+        return 0.0 if np.array_equal(candidate, reference) else math.inf
+    finite = np.isfinite(reference)
+    c, r = candidate[finite].astype(np.float64), reference[finite].astype(np.float64)
+    if not np.isfinite(c).all():
+        return math.inf
+    size = float(np.linalg.norm(r))
+    error = float(np.linalg.norm(c - r))
+    return error / size if size else (0.0 if error == 0 else math.inf)
+
+
+def _varies(output: npt.NDArray[Any]) -> bool:
+    """Whether an output depends on the sample visibly enough to be evidence."""
+    if not np.issubdtype(output.dtype, np.floating):
+        return len(np.unique(output, axis=0)) > 1
+    finite = np.isfinite(output).reshape(len(output), -1).all(axis=1)
+    values = output[finite].astype(np.float64)
+    if len(values) < 2:
+        return False
+    size = float(np.sqrt(np.mean(values**2)))
+    return size > 0 and float(np.sqrt(np.mean(values.var(axis=0)))) / size > INSENSITIVE
+
+
+def slice_of(found: Trace) -> int:
+    """Samples that fit into about 400 MB of float64 activations at a time."""
+    return max(1, min(32, 50_000_000 // max(1, values_per_sample(found))))
+
+
+def proof_count(found: Trace) -> int:
+    """How many samples a proof uses: 16, fewer for nets on which one sample is work."""
+    values = values_per_sample(found)
+    return 16 if values < 2_000_000 else 8
+
+
+def reference(found: Trace, model: Any, samples: Mapping[str, npt.NDArray[Any]], seed: int = 0) -> Reference:
+    """Evaluate the original in float64 (and as it runs), and measure its own float64 noise."""
+    batch = slice_of(found)
+    double = replay(found, dtype="float64", logits=True)
+    outputs = tuple(run(double, samples, batch=batch))
+    rng = np.random.default_rng(seed)
+    for variable in double.weights:
+        value = numpy(variable)
+        if value.dtype == np.float64:
+            towards = np.where(rng.integers(0, 2, value.shape, np.int8) == 1, np.inf, -np.inf)
+            variable.assign(np.nextafter(value, towards))
+    moved = run(double, samples, batch=batch)
+    del double
+    gc.collect()
+    names = [spec.name for spec in found.signature.outputs]
+    names += [f"in front of the end {i}" for i in range(len(outputs) - len(names))]
+    evidence = tuple(_varies(output) for output in outputs)
+    noise = max((distance(a, b) for a, b, counts in zip(moved, outputs, evidence, strict=True) if counts), default=0.0)
+    if noise > IRREPRODUCIBLE:
+        raise ProofError(
+            f"the model does not answer the same twice (float64 runs differ by {noise:.2g}): a layer is random at "
+            "inference; nothing can be proven about it"
+        )
+    if not any(evidence):
+        raise ProofError(
+            "no output of the model varies between the inputs of the proof, so nothing can be proven; "
+            "give real inputs with --data"
+        )
+    float32 = tuple(run(model, samples, batch=batch))
+    return Reference(samples, batch, tuple(names), outputs, evidence, noise, float32)
+
+
+def exactness(found: Trace, plan: Plan, ref: Reference) -> tuple[float, float]:
+    """(exactness_f64, exactness_stored) of a plan."""
+    double = apply(found, plan, dtype="float64", logits=True).model
+    exact = ref.error(run(double, ref.samples, batch=ref.batch))
+    del double
+    gc.collect()
+    rounded = apply(found, plan, dtype="float64", stored=True, logits=True).model
+    stored = ref.error(run(rounded, ref.samples, batch=ref.batch))
+    return exact, stored
+
+
+def prove(found: Trace, plan: Plan, fused: Any, ref: Reference) -> Proof:
+    """Measure everything about a fused model; nothing is judged here but by `Proof.holds`."""
+    exact, stored = exactness(found, plan, ref)
+    return Proof(
+        exactness_f64=exact,
+        exactness_bound=ref.bound,
+        exactness_stored=stored,
+        noise_f64=ref.noise,
+        float32_original=ref.error(ref.float32, evidence_only=False),
+        float32_fused=ref.error(run(fused, ref.samples, batch=ref.batch), evidence_only=False),
+        insensitive=tuple(n for n, counts in zip(ref.names, ref.evidence, strict=True) if not counts),
+        samples=len(next(iter(ref.samples.values()))),
+    )

@@ -1,0 +1,24 @@
+"""Shared fixtures. TensorFlow's chatter is silenced before anything imports it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture
+def shared_models() -> Path:
+    """Real trained models that are not part of the repository."""
+    folder = SHARED / "models"
+    if not folder.is_dir():
+        pytest.skip("the folder of real trained models is not beside this checkout")
+    return folder

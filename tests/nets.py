@@ -1,0 +1,83 @@
+"""Nets for tests: small, and alive.
+
+Fresh BatchNormalization is nearly the identity and hides bugs, so `enliven` draws every statistic:
+gammas of both signs (unless ``positive``), means, variances over two decades, betas, biases.
+`calibrate` gives a deep net statistics that fit its own activations, then jitters them; without that
+the output of a deep random net hardly depends on its input and proves nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import keras
+import numpy as np
+
+from deploykit import graph
+
+L = keras.layers
+
+
+def enliven(model: keras.Model, seed: int = 0, *, positive: bool = False) -> keras.Model:
+    """Draw all BatchNormalization parameters, biases and adapted statistics at random, in place."""
+    rng = np.random.default_rng(seed)
+    for layer in model._flatten_layers(include_self=False):
+        if isinstance(layer, L.BatchNormalization):
+            draws = {
+                "gamma": rng.uniform(0.5, 1.5, layer.moving_mean.shape)
+                * (1 if positive else rng.choice([-1, 1], layer.moving_mean.shape)),
+                "beta": rng.normal(0, 0.5, layer.moving_mean.shape),
+                "moving_mean": rng.normal(0, 0.5, layer.moving_mean.shape),
+                "moving_variance": 10 ** rng.uniform(-1, 1, layer.moving_mean.shape),
+            }
+            for name, value in draws.items():
+                if getattr(layer, name) is not None:
+                    getattr(layer, name).assign(value)
+        elif getattr(layer, "bias", None) is not None and not isinstance(layer.bias, bool):
+            layer.bias.assign(rng.normal(0, 0.3, layer.bias.shape))
+    return model
+
+
+def calibrate(model: keras.Model, seed: int = 0, samples: int = 8) -> keras.Model:
+    """Live statistics for a deep random net: one training pass on random images, then jitter."""
+    rng = np.random.default_rng(seed)
+    norms = [layer for layer in model._flatten_layers() if isinstance(layer, L.BatchNormalization)]
+    momenta = [layer.momentum for layer in norms]
+    for layer in norms:
+        layer.momentum = 0.0
+    shape = [size or 64 for size in model.inputs[0].shape[1:]]
+    noise = rng.uniform(0, 1, (samples, *shape))
+    ramp = rng.uniform(0, 1, (samples, *[1] * len(shape)))
+    images = (noise * 0.5 + ramp * 0.5) * 255 if model.name.startswith("efficientnet") else noise * 0.5 + ramp * 0.5
+    model(images.astype(np.float32), training=True)
+    for layer, momentum in zip(norms, momenta, strict=True):
+        layer.momentum = momentum
+        mean, variance = graph.numpy(layer.moving_mean), graph.numpy(layer.moving_variance)
+        layer.moving_variance.assign(variance * rng.uniform(0.7, 1.5, variance.shape))
+        layer.moving_mean.assign(mean + 0.1 * np.sqrt(variance) * rng.uniform(-1, 1, mean.shape))
+        if layer.gamma is not None:
+            layer.gamma.assign(rng.uniform(0.5, 1.5, mean.shape))
+        if layer.beta is not None:
+            layer.beta.assign(rng.normal(0, 0.1, mean.shape))
+    return model
+
+
+def chain(shape: Sequence[int | None], *layers: keras.Layer, seed: int = 0, positive: bool = False) -> keras.Model:
+    """A live functional model of layers called one after the other on one input named ``x``."""
+    tensor = start = keras.Input(shape, name="x")
+    for layer in layers:
+        tensor = layer(tensor)
+    return enliven(keras.Model(start, tensor), seed, positive=positive)
+
+
+def inputs_for(model: keras.Model, count: int = 6, seed: int = 0, free: int = 9) -> dict[str, np.ndarray]:
+    """Random inputs keyed by input name, with values well beyond 6 and on both sides of zero."""
+    rng = np.random.default_rng(seed)
+    arrays = {}
+    for symbol in model.inputs:
+        shape = (count, *[free if size is None else size for size in symbol.shape[1:]])
+        if "int" in symbol.dtype:
+            arrays[symbol.name] = rng.integers(0, 5, shape).astype(symbol.dtype)
+        else:
+            arrays[symbol.name] = (rng.normal(0, 3, shape)).astype(np.float32)
+    return arrays
