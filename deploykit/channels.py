@@ -107,4 +107,5 @@ def scale_inputs(block: Array, scale: Array) -> Array:
 def response(block: Array, constant: Array) -> Array:
     """What the kernel answers to a constant input, one entry per output channel."""
     _, g, i, _ = block.shape
-    return np.einsum("kgio,gi->go", block, constant.reshape(g, i)).ravel()
+    answer: Array = np.einsum("kgio,gi->go", block, constant.reshape(g, i)).ravel()
+    return answer

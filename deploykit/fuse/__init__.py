@@ -23,8 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-# DATA-STUB
-synthesize = None  # type: ignore
+from deploykit.data import synthesize
 from deploykit.errors import ProofError
 from deploykit.fuse import proof as proofs
 from deploykit.fuse.apply import apply
@@ -199,6 +198,6 @@ def _worse(job: _Job, plan: Plan, proof: Proof, ref: Reference) -> dict[str, Ref
     limit = _float32_limit(ref)
     if proof.float32_fused > limit and plan.dropped:
         names = job.at_fault(plan, lambda trial: ref.error(job.run(trial, ref), evidence_only=False) > limit)
-        bits = math.log2(proof.float32_fused / max(proof.float32_original, np.finfo(np.float32).eps))
+        bits = math.log2(proof.float32_fused / max(proof.float32_original, 2.0**-23))
         return {name: Refusal("conditioning", f"would lose {bits:.1f} bits in float32") for name in names}
     return {}

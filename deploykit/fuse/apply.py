@@ -53,7 +53,7 @@ def _cast_loss(layer: Any, name: str, weights: Mapping[str, Float64], dtype: np.
     with np.errstate(under="ignore"):
         vanished = (size > 0) & (size.astype(dtype).astype(np.float64) == 0)
     if "bias" in weights:  # beside a bias that is larger by more than its rounding nobody would see them
-        vanished &= np.abs(weights["bias"]) < size / float(finfo(dtype).eps)
+        vanished &= np.abs(weights["bias"]) < size / float(finfo(dtype).eps)  # type: ignore[no-untyped-call]
     if vanished.any():
         return Refusal(
             "underflow", f"{int(vanished.sum())} channels of {name} would vanish: {size[vanished].max():.3g} in {dtype}"

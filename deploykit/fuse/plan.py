@@ -29,7 +29,6 @@ from deploykit.fuse.reasons import Refusal
 from deploykit.fuse.sinks import Edit
 from deploykit.graph import Node, Trace
 
-
 # Where one direction says no more than that nothing is there, the other one's code is the interesting one.
 UNINFORMATIVE = ("no_sink", "model_input")
 

@@ -1,0 +1,93 @@
+"""The bundle: a folder that carries a model and the proof of it to a machine without TensorFlow.
+
+    model.onnx (+ model.onnx.data)   the model
+    test_data_set_0/                 golden data in ONNX's own layout: inputs, and the float64 reference's outputs
+    test_data_set_1/                 rounded to the outputs' dtypes; a batch, and one sample alone
+    deploykit.json                   the manifest: signature, tolerances, decisions, origin, all hashes; sealed
+    verify.py                        repeats hashes, equivalence and latency with numpy and onnxruntime alone
+    report.json, report.html         what was measured where the bundle was made
+    README.md                        a model card of measured facts
+
+The noise (the original's own error against the rounded reference, per sample) travels in the manifest, so
+that the target judges by the same laws. The manifest holds a hash of every other file and is sealed itself:
+any changed byte is found.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from deploykit import verify
+from deploykit.check import Reference
+from deploykit.compare import noise_between
+from deploykit.files import sha256
+
+GOLDEN_BYTES = 8_000_000  # of inputs in the golden batch; at most 32 samples
+GOLDEN_SAMPLES = 32
+
+# Oldest ONNX Runtime that runs an opset (the ONNX Runtime documentation, "Compatibility": ONNX opset support).
+OLDEST_RUNTIME = {
+    13: "1.6",
+    14: "1.8",
+    15: "1.9",
+    16: "1.11",
+    17: "1.12",
+    18: "1.14",
+    19: "1.15",
+    20: "1.17",
+    21: "1.18",
+}
+
+
+def _write_tensor(path: Path, name: str, array: npt.NDArray[Any]) -> None:
+    tensor = onnx.numpy_helper.from_array(np.ascontiguousarray(array), name)
+    path.write_bytes(tensor.SerializeToString())
+
+
+def golden_count(reference: Reference) -> int:
+    """How many samples the golden batch has: at most 32, and about 8 MB of inputs."""
+    one = sum(array[:1].nbytes for array in reference.samples.arrays.values())
+    return max(1, min(GOLDEN_SAMPLES, reference.samples.count, GOLDEN_BYTES // max(1, one)))
+
+
+def write_golden(folder: Path, reference: Reference) -> list[dict[str, Any]]:
+    """Write the golden data sets; returns their manifest entries."""
+    count = golden_count(reference)
+    fixed = reference.signature.inputs[0].shape[0]
+    counts = [count, 1] if fixed is None and count > 1 else [fixed or count]
+    entries = []
+    for index, number in enumerate(counts):
+        name = f"test_data_set_{index}"
+        (folder / name).mkdir()
+        record: dict[str, Any] = {"folder": name, "reference": reference.precision, "inputs": [], "outputs": []}
+        for place, (key, array) in enumerate(reference.samples.arrays.items()):
+            record["inputs"].append(f"input_{place}.pb")
+            _write_tensor(folder / name / f"input_{place}.pb", key, array[:number])
+        noise = {}
+        for place, (key, array) in enumerate(reference.outputs.items()):
+            original = reference.original[key][:number]
+            rounded = array[:number].astype(original.dtype)
+            record["outputs"].append(f"output_{place}.pb")
+            _write_tensor(folder / name / f"output_{place}.pb", key, rounded)
+            noise[key] = noise_between(rounded, original).to_json()
+        record["noise"] = noise
+        entries.append(record)
+    return entries
+
+
+def seal(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Copy verify.py in, hash every file and write the sealed manifest. Nothing may be written afterwards."""
+    shutil.copyfile(verify.__file__, folder / "verify.py")
+    files = {
+        path.relative_to(folder).as_posix(): {"sha256": sha256(path), "bytes": path.stat().st_size}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    (folder / verify.MANIFEST).write_bytes(verify.seal({**manifest, "files": files}))

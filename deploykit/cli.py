@@ -1,0 +1,659 @@
+"""The command line: parse, one library call, render, exit code.
+
+    0    done and proven
+    1    a proof, a check or a gate failed
+    2    bad usage, bad input, a missing optional component: exactly one line `error: ...` on stderr
+    70   an internal error: one line too, asking for a report
+    130  interrupted
+
+TensorFlow is imported inside the commands that need it, after its chatter was silenced: C++ libraries
+write to the file descriptors, so these are pointed elsewhere for the whole run and people's output goes
+to private copies. With `--json -` stdout carries the report and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from deploykit import __version__
+from deploykit.errors import DeploykitError, InputError, ProofError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from deploykit.deploy import Clock, DataOptions
+    from deploykit.load import Loaded
+    from deploykit.report import Report
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="A trained Keras model in, a verified and faster ONNX bundle out.",
+    epilog="Exit codes: 0 done and proven, 1 a proof or check failed, 2 bad usage or input, 130 interrupted.",
+)
+
+Model = Annotated[Path, typer.Argument(help="A trained Keras model: .keras or HDF5.", show_default=False)]
+Out = Annotated[Path | None, typer.Option("-o", "--output", help="Where to write.", show_default=False)]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
+Json = Annotated[str | None, typer.Option("--json", metavar="PATH|-", help="Write the machine report; - is stdout.")]
+Seed = Annotated[int, typer.Option("--seed", help="Fixes all randomness.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show libraries' own messages and tracebacks.")]
+Custom = Annotated[
+    list[str] | None,
+    typer.Option("--custom-objects", metavar="MODULE[:NAME]", help="Your own layers: module, module:Name or .py file."),
+]
+Weights = Annotated[Path | None, typer.Option("--weights", help="Fill the model from this weights file.")]
+AllowCode = Annotated[
+    bool, typer.Option("--allow-code", help="Run code that came with the file. Only if you trust it.")
+]
+Data = Annotated[
+    str | None,
+    typer.Option("--data", help="Real inputs: .npy, .npz, a folder of images, or a Keras data set name."),
+]
+Samples = Annotated[int | None, typer.Option("--samples", min=1, help="Use at most this many samples.")]
+ImageSize = Annotated[str | None, typer.Option("--image-size", metavar="HxW", help="Resize images, if sizes are free.")]
+Scale = Annotated[float | None, typer.Option("--scale", help="Multiply pixels by this (1/255: 0.00392157).")]
+Keep = Annotated[list[str] | None, typer.Option("--keep", metavar="LAYER", help="This affine layer must stay.")]
+Barrier = Annotated[
+    list[str] | None,
+    typer.Option("--barrier", metavar="LAYER", help="Nothing may be folded into or across this layer."),
+]
+Opset = Annotated[int, typer.Option("--opset", min=13, max=21, help="ONNX opset.")]
+Batch = Annotated[str, typer.Option("--batch", metavar="dynamic|N", help="Batch size of the exported file.")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads per runtime; default: all cores.")]
+Seconds = Annotated[float, typer.Option("--seconds", min=0.1, help="Measuring time per candidate.")]
+Rtol = Annotated[float | None, typer.Option("--rtol", help="Judge by |c-r| <= atol + rtol*|r| instead of the policy.")]
+Atol = Annotated[float | None, typer.Option("--atol", help="See --rtol.")]
+
+
+# --------------------------------------------------------------------------------------------------- terminal
+
+
+class _Terminal:
+    """Private copies of stdout and stderr, and where libraries' chatter goes meanwhile."""
+
+    def __init__(self, json_target: str | None, quiet: bool, verbose: bool) -> None:
+        self.json_target, self.quiet, self.verbose = json_target, quiet, verbose
+        self.out = sys.stdout
+        self.err = sys.stderr
+
+    def console(self) -> Console:
+        """Where the text report goes: stdout, or stderr when stdout carries the JSON."""
+        from rich.console import Console
+
+        stream = self.err if self.json_target == "-" else self.out
+        width = None if stream.isatty() else 120
+        return Console(file=stream, highlight=False, soft_wrap=False, width=width)
+
+    def progress(self, message: str) -> None:
+        if not self.quiet and self.err.isatty():
+            self.err.write(f"\r\x1b[K{message} ...")
+            self.err.flush()
+
+    def clear(self) -> None:
+        if not self.quiet and self.err.isatty():
+            self.err.write("\r\x1b[K")
+            self.err.flush()
+
+
+@contextlib.contextmanager
+def _terminal(json_target: str | None, quiet: bool, verbose: bool) -> Iterator[_Terminal]:
+    """Silence libraries for one command; give the terminal back whatever happens."""
+    if json_target is not None and json_target != "-":
+        from deploykit.files import claim
+
+        claim(json_target, force=True)
+    terminal = _Terminal(json_target, quiet, verbose)
+    if verbose:
+        yield terminal
+        return
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    python = sys.stdout, sys.stderr
+    terminal.out = os.fdopen(os.dup(saved[0]), "w", encoding="utf-8", errors="replace")
+    terminal.err = os.fdopen(os.dup(saved[1]), "w", encoding="utf-8", errors="replace")
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 -- closed below
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield terminal
+    finally:
+        terminal.clear()
+        sys.stdout.close()
+        sys.stdout, sys.stderr = python
+        os.dup2(saved[0], 1)
+        os.dup2(saved[1], 2)
+        for stream in (terminal.out, terminal.err):
+            with contextlib.suppress(OSError):
+                stream.close()
+        for descriptor in (*saved, nowhere):
+            os.close(descriptor)
+
+
+def _finish(terminal: _Terminal, report: Report) -> None:
+    """Write the JSON where it was asked for and show the text."""
+    from deploykit.report import dumps, write_json
+    from deploykit.report.text import render
+
+    record = report.to_json()
+    terminal.clear()
+    if terminal.json_target == "-":
+        terminal.out.write(dumps(record))
+        terminal.out.flush()
+    elif terminal.json_target is not None:
+        write_json(record, terminal.json_target)
+    if not terminal.quiet and terminal.json_target != "-":
+        render(record, terminal.console())
+
+
+def _fail_after_report(terminal: _Terminal, report: Report, reason: str) -> NoReturn:
+    _finish(terminal, report)
+    raise ProofError(reason)
+
+
+# ------------------------------------------------------------------------------------------------- arguments
+
+
+def _load(model: Path, custom: Sequence[str] | None, weights: Path | None, allow_code: bool, **options: Any) -> Loaded:
+    from deploykit.load import load
+
+    return load(model, custom_objects=tuple(custom or ()), weights=weights, allow_code=allow_code, **options)
+
+
+def _data(data: str | None, samples: int | None, image_size: str | None, scale: float | None, seed: int) -> DataOptions:
+    from deploykit.deploy import DataOptions
+
+    size = None
+    if image_size is not None:
+        try:
+            height, width = (int(part) for part in image_size.lower().split("x"))
+        except ValueError:
+            raise InputError(f"--image-size {image_size}: give height and width as in 224x224") from None
+        size = (height, width)
+    return DataOptions(data, samples, size, scale, seed)
+
+
+def _batch(text: str) -> int | None:
+    if text == "dynamic":
+        return None
+    if text.isdigit() and int(text) > 0:
+        return int(text)
+    raise InputError(f"--batch {text}: give 'dynamic' or a number above 0")
+
+
+def _numbers(text: str, flag: str) -> tuple[int, ...]:
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) < 1:
+        raise InputError(f"{flag} {text}: give numbers above 0, separated by commas")
+    return numbers
+
+
+def _report(verb: str, clock: Clock, body: dict[str, Any], **fields: Any) -> Report:
+    from deploykit.environment import environment
+    from deploykit.report import Report
+
+    return Report(verb=verb, version=__version__, body=body, environment=environment(), seconds=clock.total(), **fields)
+
+
+# -------------------------------------------------------------------------------------------------- commands
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"deploykit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """A trained Keras model in, a verified and faster ONNX bundle out."""
+
+
+@app.command()
+def inspect(
+    model: Model,
+    custom_objects: Custom = None,
+    weights: Weights = None,
+    allow_code: AllowCode = False,
+    json: Json = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Show what a model file holds, and its health."""
+    with _terminal(json, quiet, verbose) as terminal:
+        terminal.progress("loading")
+        from deploykit.deploy import Clock
+        from deploykit.inspection import inspect_body
+
+        clock = Clock()
+        loaded = _load(model, custom_objects, weights, allow_code, allow_nonfinite=True)
+        clock.lap("load")
+        body = inspect_body(loaded)
+        _finish(
+            terminal,
+            _report("inspect", clock, body, model=str(model), proven=True, notices=loaded.notices),
+        )
+
+
+@app.command()
+def fuse(
+    model: Model,
+    output: Out = None,
+    keep: Keep = None,
+    barrier: Barrier = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Decide and prove, write nothing.")] = False,
+    data: Data = None,
+    samples: Samples = None,
+    image_size: ImageSize = None,
+    scale: Scale = None,
+    custom_objects: Custom = None,
+    weights: Weights = None,
+    allow_code: AllowCode = False,
+    seed: Seed = 0,
+    force: Force = False,
+    json: Json = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Fold BatchNormalization and its kin into the neighbours, prove it, write MODEL.fused.keras."""
+    with _terminal(json, quiet, verbose) as terminal:
+        from deploykit.files import claim
+
+        target = output or model.with_suffix(".fused.keras")
+        if not dry_run:
+            claim(target, force=force)
+        terminal.progress("loading")
+        from deploykit.archive import write_keras
+        from deploykit.deploy import Clock, fuse_body, samples_for
+        from deploykit.fuse import fuse as run
+
+        clock = Clock()
+        loaded = _load(model, custom_objects, weights, allow_code)
+        clock.lap("load")
+        options = _data(data, samples, image_size, scale, seed)
+        inputs = samples_for(loaded.model, options).head(16).arrays if data is not None else None
+        terminal.progress("fusing")
+        fused = run(loaded.model, keep=keep or (), barrier=barrier or (), samples=inputs, seed=seed)
+        clock.seconds.update(fused.seconds)
+        written = [] if dry_run else [str(write_keras(fused.model, target, force=force))]
+        report = _report(
+            "fuse",
+            clock,
+            fuse_body(fused),
+            model=str(model),
+            proven=True,
+            notices=[*loaded.notices, *fused.notices],
+            outputs_written=written,
+        )
+        _finish(terminal, report)
+
+
+@app.command()
+def export(
+    model: Model,
+    output: Out = None,
+    no_fuse: Annotated[bool, typer.Option("--no-fuse", help="Export the model as it is.")] = False,
+    opset: Opset = 18,
+    batch: Batch = "dynamic",
+    keep: Keep = None,
+    barrier: Barrier = None,
+    data: Data = None,
+    samples: Samples = None,
+    image_size: ImageSize = None,
+    scale: Scale = None,
+    custom_objects: Custom = None,
+    weights: Weights = None,
+    allow_code: AllowCode = False,
+    seed: Seed = 0,
+    force: Force = False,
+    json: Json = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Fuse, write MODEL.onnx, and check it against the float64 reference."""
+    with _terminal(json, quiet, verbose) as terminal:
+        from deploykit.files import claim
+
+        target = claim(output or model.with_suffix(".onnx"), force=force)
+        size = _batch(batch)
+        terminal.progress("loading")
+        from deploykit.deploy import Clock, export_checked, fuse_body, samples_for
+
+        clock = Clock()
+        loaded = _load(model, custom_objects, weights, allow_code)
+        clock.lap("load")
+        options = _data(data, samples, image_size, scale, seed)
+        inputs = samples_for(loaded.model, options)
+        result = export_checked(
+            loaded,
+            target,
+            samples=inputs,
+            fusing=not no_fuse,
+            keep=keep or (),
+            barrier=barrier or (),
+            own_samples=data is not None,
+            opset=opset,
+            batch=size,
+            seed=seed,
+            force=force,
+            progress=terminal.progress,
+            clock=clock,
+        )
+        passed = bool(result.check["passed"])
+        body = {
+            "opset": opset,
+            "size_bytes": result.exported.bytes,
+            "fuse": fuse_body(result.fused) if result.fused else None,
+            "check": result.check,
+        }
+        report = _report(
+            "export",
+            clock,
+            body,
+            model=str(model),
+            proven=passed and result.unproven is None,
+            reason=result.unproven,
+            notices=result.notices,
+            outputs_written=result.written,
+        )
+        if not passed:
+            _fail_after_report(terminal, report, f"{model}: {result.unproven}; nothing was written")
+        _finish(terminal, report)
+
+
+@app.command()
+def check(
+    reference: Annotated[Path, typer.Argument(help="The trained model; or a bundle, alone.", show_default=False)],
+    candidates: Annotated[
+        list[Path] | None, typer.Argument(help="Files or bundles to compare with it.", show_default=False)
+    ] = None,
+    runtime: Annotated[str | None, typer.Option("--runtime", help="Run every candidate on this runtime.")] = None,
+    rtol: Rtol = None,
+    atol: Atol = None,
+    data: Data = None,
+    samples: Samples = None,
+    image_size: ImageSize = None,
+    scale: Scale = None,
+    custom_objects: Custom = None,
+    weights: Weights = None,
+    allow_code: AllowCode = False,
+    seed: Seed = 0,
+    json: Json = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Compare candidates with the model that was trained, in float64; or a bundle with its golden data."""
+    with _terminal(json, quiet, verbose) as terminal:
+        from deploykit.compare import policy_from
+
+        policy = policy_from(rtol, atol)
+        if not candidates:
+            _check_bundle(terminal, reference)
+            return
+        terminal.progress("loading")
+        from deploykit.check import body as check_body
+        from deploykit.check import candidate_for, make_reference
+        from deploykit.check import check as run
+        from deploykit.deploy import Clock, samples_for, unproven_reason, worst
+
+        clock = Clock()
+        chosen = [candidate_for(candidate, runtime) for candidate in candidates]
+        loaded = _load(reference, custom_objects, weights, allow_code)
+        clock.lap("load")
+        inputs = samples_for(loaded.model, _data(data, samples, image_size, scale, seed))
+        terminal.progress("evaluating the reference in float64")
+        right = make_reference(str(reference), loaded.model, inputs)
+        clock.lap("reference")
+        terminal.progress("running the candidates")
+        body = check_body(right, run(right, chosen, policy), policy)
+        clock.lap("candidates")
+        why = unproven_reason(body) if body["passed"] else worst(body)
+        report = _report(
+            "check",
+            clock,
+            body,
+            model=str(reference),
+            proven=bool(body["passed"]) and why is None,
+            reason=why,
+            notices=[*loaded.notices, *right.notices],
+        )
+        if not body["passed"]:
+            _fail_after_report(terminal, report, str(why))
+        _finish(terminal, report)
+
+
+def _check_bundle(terminal: _Terminal, folder: Path) -> None:
+    """`check BUNDLE_DIR`: hashes and golden data, without TensorFlow."""
+    from deploykit import verify
+    from deploykit.report import Report
+
+    if not (folder / verify.MANIFEST).is_file():
+        raise InputError(
+            f"{folder} is no bundle, and there is no candidate to compare it with; give REFERENCE CANDIDATE or a bundle"
+        )
+    try:
+        record = verify.verify_bundle(folder, seconds=0)
+    except verify.RefusedError as error:
+        raise InputError(str(error)) from error
+    manifest = verify.open_bundle(folder).manifest
+    report = Report(
+        verb="check",
+        version=__version__,
+        model=str(folder),
+        proven=record["proven"],
+        reason=record["reason"],
+        body={
+            "passed": record["passed"],
+            "reference": {"model": manifest["source"]["name"], "precision": record["reference"]},
+            "data": "golden data of the bundle",
+            "comparisons": record["comparisons"],
+        },
+        environment=record["environment"],
+        seconds=record["seconds"],
+        notices=record["notices"],
+    )
+    if not record["passed"]:
+        _fail_after_report(terminal, report, f"{folder}: {record['reason']}")
+    _finish(terminal, report)
+
+
+@app.command()
+def bench(
+    models: Annotated[list[Path], typer.Argument(help=".keras, .onnx or bundles; the last is the baseline.")],
+    runtime: Annotated[list[str] | None, typer.Option("--runtime", help="Runtimes to use; default: by file.")] = None,
+    batch: Annotated[str, typer.Option("--batch", metavar="1,8", help="Batch sizes.")] = "1",
+    threads: Annotated[
+        str | None, typer.Option("--threads", metavar="1,2", help="Thread counts; default: cores.")
+    ] = None,
+    seconds: Seconds = 4.0,
+    data: Data = None,
+    samples: Samples = None,
+    image_size: ImageSize = None,
+    scale: Scale = None,
+    seed: Seed = 0,
+    json: Json = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Time models side by side: own processes, interleaved rounds, ratio with interval and verdict."""
+    with _terminal(json, quiet, verbose) as terminal:
+        batches = _numbers(batch, "--batch")
+        counts = _numbers(threads, "--threads") if threads is not None else (None,)
+        terminal.progress("reading the signature")
+        from deploykit.bench import bench as run
+        from deploykit.deploy import Clock, bench_candidates, bench_inputs
+
+        clock = Clock()
+        inputs, notices = bench_inputs(models[0], _data(data, samples, image_size, scale, seed))
+        chosen = bench_candidates(models, tuple(runtime or ()))
+        clock.lap("load")
+        merged: dict[str, Any] = {"candidates": [], "comparisons": [], "notices": []}
+        for count in counts:
+            measured = run(
+                chosen,
+                inputs.arrays,
+                batches=batches,
+                threads=count,
+                seconds=seconds,
+                seed=seed,
+                progress=lambda at: terminal.progress(f"{at.candidate}: {at.phase}, round {at.rounds} of {at.limit}"),
+            ).to_json()
+            for key in merged:
+                merged[key] += measured[key]
+        clock.lap("bench")
+        notices += merged.pop("notices")
+        broken = [row for row in merged["candidates"] if row["failed"]]
+        report = _report(
+            "bench",
+            clock,
+            merged,
+            model=str(models[-1]),
+            proven=not broken,
+            reason=f"{broken[0]['name']} did not run: {broken[0]['failed']}" if broken else None,
+            notices=notices,
+        )
+        if len(broken) == len(merged["candidates"]):
+            _finish(terminal, report)
+            raise InputError(f"no candidate ran: {broken[0]['failed']}")
+        _finish(terminal, report)
+
+
+@app.command()
+def deploy(
+    model: Model,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The bundle's folder.", show_default=False)],
+    opset: Opset = 18,
+    batch: Batch = "dynamic",
+    keep: Keep = None,
+    barrier: Barrier = None,
+    data: Data = None,
+    samples: Samples = None,
+    image_size: ImageSize = None,
+    scale: Scale = None,
+    class_names: Annotated[
+        str | None, typer.Option("--class-names", metavar="A,B,...", help="Stored in the bundle.")
+    ] = None,
+    rtol: Rtol = None,
+    atol: Atol = None,
+    threads: Threads = None,
+    seconds: Seconds = 4.0,
+    custom_objects: Custom = None,
+    weights: Weights = None,
+    allow_code: AllowCode = False,
+    seed: Seed = 0,
+    force: Force = False,
+    json: Json = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Load, fuse, export, check, time, and write a bundle that proves itself."""
+    with _terminal(json, quiet, verbose) as terminal:
+        from deploykit.compare import policy_from
+        from deploykit.files import claim
+
+        claim(output, force=force)
+        size, policy = _batch(batch), policy_from(rtol, atol)
+        terminal.progress("loading")
+        from deploykit.deploy import Clock
+        from deploykit.deploy import deploy as run
+
+        clock = Clock()
+        loaded = _load(model, custom_objects, weights, allow_code)
+        clock.lap("load")
+        try:
+            report = run(
+                loaded,
+                output,
+                data=_data(data, samples, image_size, scale, seed),
+                keep=keep or (),
+                barrier=barrier or (),
+                opset=opset,
+                batch=size,
+                policy=policy,
+                threads=threads,
+                seconds=seconds,
+                class_names=class_names.split(",") if class_names else None,
+                force=force,
+                progress=terminal.progress,
+                clock=clock,
+            )
+        except ProofError as error:
+            found = getattr(error, "report", None)
+            if found is not None:
+                _finish(terminal, found)
+            raise
+        _finish(terminal, report)
+
+
+# ---------------------------------------------------------------------------------------------------- errors
+
+_NO_ROOM = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _exit_code(error: BaseException) -> tuple[int, str]:
+    """Exit code and message of whatever ended a command."""
+    if isinstance(error, DeploykitError):
+        return error.exit_code, str(error)
+    if isinstance(error, typer.TyperException):
+        return 2, error.format_message()
+    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+        return 2, f"cannot write: {(error.strerror or 'no room').lower()}; free some space or choose another -o"
+    if isinstance(error, MemoryError):
+        return 2, "out of memory; give fewer --samples or use a machine with more"
+    return 70, f"internal error, please report it: {type(error).__name__}: {error}"
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit with its code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        code = app(args=arguments, standalone_mode=False, prog_name="deploykit")
+        sys.exit(code if isinstance(code, int) else 0)
+    except (KeyboardInterrupt, typer.Abort):
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader has gone; do not complain again at exit
+        sys.exit(0)
+    except Exception as error:
+        code, message = _exit_code(error)
+        if "--verbose" in arguments or "-v" in arguments:
+            traceback.print_exc()
+        print(f"error: {_one_line(message)}", file=sys.stderr)
+        sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,452 @@
+"""The main job: a trained Keras model in, a verified and timed ONNX bundle out.
+
+    load -> fuse (with its proof) -> export -> check against float64 -> bench beside what runs today -> bundle
+
+The bundle appears whole, under its name, only when every step before it succeeded and the check passed; a
+failed proof raises ProofError, which carries the report of what was found, and leaves nothing behind.
+`fuse_step` and `check_step` are the same steps that the single verbs take.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import deploykit
+from deploykit import bundle as bundles
+from deploykit import runtimes, verify
+from deploykit.archive import write_keras
+from deploykit.bench import Candidate as Timed
+from deploykit.bench import bench
+from deploykit.check import Candidate, Reference, body, candidate_for, check, make_reference
+from deploykit.compare import Policy, Tolerance, policy_from
+from deploykit.data import Samples, read_samples, synthesize
+from deploykit.environment import environment
+from deploykit.errors import DataError, DeploykitError, ProofError
+from deploykit.export import Exported, export, export_stock
+from deploykit.files import claim, whole_folder
+from deploykit.fuse import Fused, fuse
+from deploykit.graph import signature as signature_of
+from deploykit.inspection import signature_json, source_json
+from deploykit.load import Loaded
+from deploykit.report import Report, dumps
+from deploykit.report.html import page
+from deploykit.report.markdown import model_card
+from deploykit.signature import Signature, TensorSpec
+
+Progress = Callable[[str], None]
+SYNTHETIC = 64  # samples of a check without data
+REAL = 256  # samples of a check with data, unless the user says otherwise
+
+
+def silent(message: str) -> None:
+    """The progress callback of a caller who wants none."""
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Where samples come from; the same words as on the command line."""
+
+    data: str | None = None
+    limit: int | None = None
+    image_size: tuple[int, int] | None = None
+    scale: float | None = None
+    seed: int = 0
+
+
+@dataclass
+class Clock:
+    """Seconds per phase, in order."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    start: float = field(default_factory=time.perf_counter)
+    last: float = field(default_factory=time.perf_counter)
+
+    def lap(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.last
+        self.last = now
+
+    def total(self) -> dict[str, float]:
+        return {**self.seconds, "total": time.perf_counter() - self.start}
+
+
+def samples_for(model: Any, options: DataOptions) -> Samples:
+    """The user's samples, or seeded synthetic ones with edge cases."""
+    signature = signature_of(model)
+    if options.data is None:
+        return synthesize(signature, count=options.limit or SYNTHETIC, seed=options.seed)
+    return read_samples(
+        options.data,
+        signature,
+        limit=options.limit or REAL,
+        seed=options.seed,
+        image_size=options.image_size,
+        scale=options.scale,
+    )
+
+
+def fuse_body(fused: Fused) -> dict[str, Any]:
+    """The keys of ``deploykit.fuse/1``."""
+    kinds: dict[str, dict[str, int]] = {}
+    outcomes = ("fused", "reduced", "kept")
+    for decision in fused.decisions:
+        row = kinds.setdefault(decision.kind, {"total": 0, **dict.fromkeys(outcomes, 0)})
+        row["total"] += 1
+        row[decision.outcome] += 1
+    proof = fused.proof
+    return {
+        "affines": {
+            "total": len(fused.decisions),
+            **{outcome: fused.count(outcome) for outcome in outcomes},
+            "by_kind": kinds,
+        },
+        "decisions": [
+            {
+                "layer": d.layer,
+                "kind": d.kind,
+                "outcome": d.outcome,
+                "direction": d.direction,
+                "into": list(d.into),
+                "through": list(d.through),
+                "code": d.code,
+                "reason": d.reason,
+            }
+            for d in fused.decisions
+        ],
+        "params": {"before": fused.params_before, "after": fused.params_after},
+        "renamed": dict(fused.renamed),
+        "exactness_f64": proof.exactness_f64 if proof else None,
+        "exactness_bound": proof.exactness_bound if proof else None,
+        "exactness_stored": proof.exactness_stored if proof else None,
+        "noise_f64": proof.noise_f64 if proof else None,
+        "float32": {"original": proof.float32_original, "fused": proof.float32_fused} if proof else None,
+        "insensitive": list(proof.insensitive) if proof else [],
+        "proof_samples": proof.samples if proof else 0,
+    }
+
+
+def metadata(loaded: Loaded, fused: Fused | None) -> dict[str, str]:
+    """The ``metadata_props`` record of an exported file."""
+    record = {
+        "deploykit.version": deploykit.__version__,
+        "deploykit.source_sha256": loaded.sha256,
+        "deploykit.source_name": loaded.path.name,
+    }
+    if fused is not None:
+        decisions = [[d.layer, d.kind, d.outcome, d.direction, list(d.into), d.code] for d in fused.decisions]
+        record["deploykit.decisions"] = json.dumps(decisions, separators=(",", ":"))
+    return record
+
+
+@dataclass(frozen=True, eq=False)
+class Checked:
+    """A file that was exported and compared: everything that was made on the way.
+
+    ``reference`` is the one the file was judged by (whole batches only, where its batch size is fixed);
+    ``check`` the body of the check report; ``unproven`` why the result is no proof, or None.
+    """
+
+    fused: Fused | None
+    exported: Exported
+    reference: Reference
+    check: dict[str, Any]
+    notices: list[str]
+    written: list[str]
+
+    @property
+    def unproven(self) -> str | None:
+        return unproven_reason(self.check) if self.check["passed"] else worst(self.check)
+
+
+def export_checked(
+    loaded: Loaded,
+    path: str | Path,
+    *,
+    samples: Samples,
+    fusing: bool = True,
+    keep: Collection[str] = (),
+    barrier: Collection[str] = (),
+    own_samples: bool = True,
+    opset: int = 18,
+    batch: int | None = None,
+    policy: Policy | Tolerance | None = None,
+    seed: int = 0,
+    force: bool = False,
+    progress: Progress = silent,
+    clock: Clock | None = None,
+) -> Checked:
+    """Fuse, export and compare; ``path`` exists afterwards only when the comparison passed.
+
+    ``own_samples``: the samples are the user's and serve the proof of the fusing, too.
+    """
+    path = claim(path, force=force)
+    policy, clock = policy or policy_from(), clock or Clock()
+    model, fused = loaded.model, None
+    notices = list(loaded.notices)
+    if fusing:
+        progress("fusing")
+        inputs = samples.head(16).arrays if own_samples else None
+        fused = fuse(model, keep=keep, barrier=barrier, samples=inputs, seed=seed)
+        model = fused.model
+        notices += fused.notices
+        clock.lap("fuse")
+    existing = path.absolute().parent
+    while not existing.is_dir():
+        existing = existing.parent
+    with tempfile.TemporaryDirectory(prefix=".deploykit-", dir=existing) as room:
+        progress("exporting to ONNX")
+        exported = export(model, Path(room) / path.name, opset=opset, batch=batch, metadata=metadata(loaded, fused))
+        clock.lap("export")
+        progress("checking against the float64 reference")
+        reference = make_reference(str(loaded.path), loaded.model, samples)
+        shipped = with_batch(reference, batch)
+        comparisons = check(shipped, [Candidate(path.name, exported.path, "onnxruntime-cpu")], policy)
+        if fused is not None:
+            keras_one = [Candidate("fused Keras model", fused.model, "keras")]
+            comparisons = (*check(reference, keras_one, policy), *comparisons)
+        found = body(shipped, comparisons, policy)
+        clock.lap("check")
+        written = []
+        if found["passed"]:
+            path.absolute().parent.mkdir(parents=True, exist_ok=True)
+            for file in sorted(Path(room).iterdir(), reverse=True):  # the data first, then the file that names it
+                os.replace(file, path.with_name(file.name))
+                written.append(str(path.with_name(file.name)))
+            exported = replace(exported, path=path)
+    notices += [*exported.notices, *reference.notices]
+    return Checked(fused, exported, shipped, found, list(dict.fromkeys(notices)), written)
+
+
+def deploy(
+    loaded: Loaded,
+    out: str | Path,
+    *,
+    data: DataOptions | None = None,
+    keep: Collection[str] = (),
+    barrier: Collection[str] = (),
+    opset: int = 18,
+    batch: int | None = None,
+    policy: Policy | Tolerance | None = None,
+    threads: int | None = None,
+    seconds: float = 4.0,
+    class_names: Sequence[str] | None = None,
+    force: bool = False,
+    progress: Progress = silent,
+    clock: Clock | None = None,
+) -> Report:
+    """Make the bundle ``out`` from a loaded model; returns the ``deploykit.deploy/1`` report.
+
+    ``batch`` fixes the batch size of the file; None leaves it free. ``threads`` and ``seconds`` (per
+    candidate) are for the timing. Raises ProofError, with the report so far in its ``report`` attribute,
+    when the result is not equivalent, and OutputError when ``out`` cannot be written.
+    """
+    out = claim(out, force=force)
+    data, clock = data or DataOptions(), clock or Clock()
+    samples = samples_for(loaded.model, data)
+    with tempfile.TemporaryDirectory(prefix="deploykit-") as name:
+        room = Path(name)
+        made = export_checked(
+            loaded,
+            room / "model.onnx",
+            samples=samples,
+            keep=keep,
+            barrier=barrier,
+            own_samples=data.data is not None,
+            opset=opset,
+            batch=batch,
+            policy=policy,
+            seed=data.seed,
+            progress=progress,
+            clock=clock,
+        )
+        if not made.check["passed"]:
+            report = _report(loaded, made, {}, {"bundle": None}, clock, ())
+            raise failed(f"{loaded.path}: {made.unproven}; nothing was written", report)
+        timed = _timed(loaded, made, room, samples, opset)
+        clock.lap("export")
+        progress("measuring latency")
+        measured = bench(timed, samples.arrays, batches=(batch or 1,), threads=threads, seconds=seconds, seed=data.seed)
+        clock.lap("bench")
+        with whole_folder(out, force=force) as folder:
+            return _fill(folder, out, loaded, made, measured.to_json(), clock, class_names)
+
+
+def failed(message: str, report: Report) -> ProofError:
+    """A ProofError that carries the report of what was found."""
+    error = ProofError(message)
+    error.report = report  # type: ignore[attr-defined]
+    return error
+
+
+def with_batch(reference: Reference, batch: int | None) -> Reference:
+    """The reference for a file whose batch size was fixed on purpose: whole batches only."""
+    if batch is None:
+        return reference
+
+    def fixed(spec: TensorSpec) -> TensorSpec:
+        return replace(spec, shape=(batch, *spec.shape[1:]))
+
+    count = reference.samples.count // batch * batch
+    if not count:
+        raise DataError(f"{reference.samples.count} samples make no batch of {batch}; give more samples")
+    return replace(
+        reference,
+        signature=Signature(
+            tuple(map(fixed, reference.signature.inputs)), tuple(map(fixed, reference.signature.outputs))
+        ),
+        samples=reference.samples.head(count),
+        outputs={name: array[:count] for name, array in reference.outputs.items()},
+        original={name: array[:count] for name, array in reference.original.items()},
+    )
+
+
+def _timed(loaded: Loaded, made: Checked, room: Path, samples: Samples, opset: int) -> list[Timed]:
+    """What is timed side by side: what the user runs today, and ours last. Written into ``room``."""
+    assert made.fused is not None
+    rows = []
+    for name, model in (("Keras", loaded.model), ("fused Keras", made.fused.model)):
+        file = write_keras(model, room / f"{name.replace(' ', '-')}.keras")
+        rows.append(Timed(f"{name} (tf.function)", file, "keras"))
+    try:
+        stock = export_stock(loaded.model, room / "stock.onnx", samples.head(2).arrays, opset=opset)
+        rows.append(Timed(f"{stock.kind} export", stock.path, "onnxruntime-cpu"))
+    except DeploykitError as error:
+        made.notices.append(f"no stock export to compare with: {error}")
+    return [*rows, Timed("deploykit", made.exported.path, "onnxruntime-cpu")]
+
+
+def worst(check_body: Mapping[str, Any]) -> str:
+    """One line about what failed first in a check."""
+    for comparison in check_body["comparisons"]:
+        if comparison["passed"]:
+            continue
+        where = f"{comparison['candidate']} on {comparison['runtime']} is not equivalent"
+        reasons = [f"output {o['name']}: {o['reason']}" for o in comparison["outputs"] if not o["passed"]]
+        return f"{where}: {comparison['reason'] or (reasons or ['nothing was compared'])[0]}"
+    return "nothing was compared"
+
+
+def unproven_reason(check_body: Mapping[str, Any]) -> str | None:
+    """Why a passed check is no proof: every output hardly varies between the samples."""
+    for comparison in check_body["comparisons"]:
+        outputs = comparison["outputs"]
+        if outputs and all(output["insensitive"] for output in outputs):
+            return "no output varies between the samples, so agreement is no evidence; give real inputs with --data"
+    return None
+
+
+def _report(
+    loaded: Loaded,
+    made: Checked,
+    bench_body: Mapping[str, Any],
+    more: Mapping[str, Any],
+    clock: Clock,
+    written: Sequence[str],
+) -> Report:
+    assert made.fused is not None
+    return Report(
+        verb="deploy",
+        version=deploykit.__version__,
+        model=str(loaded.path),
+        proven=made.unproven is None,
+        reason=made.unproven,
+        body={
+            "source": source_json(loaded),
+            "fuse": fuse_body(made.fused),
+            "check": made.check,
+            "bench": dict(bench_body),
+            **more,
+        },
+        environment=environment(),
+        seconds=clock.total(),
+        notices=list(dict.fromkeys(made.notices)),
+        outputs_written=written,
+    )
+
+
+def _fill(
+    folder: Path,
+    out: Path,
+    loaded: Loaded,
+    made: Checked,
+    bench_body: Mapping[str, Any],
+    clock: Clock,
+    class_names: Sequence[str] | None,
+) -> Report:
+    """Write everything into the bundle's folder, the manifest last."""
+    exported, reference = made.exported, made.reference
+    for file in sorted(exported.path.parent.glob("model.onnx*")):
+        shutil.copyfile(file, folder / file.name)
+    golden = bundles.write_golden(folder, reference)
+    clock.lap("bundle")
+    models = sorted(folder.glob("model.onnx*"))
+    names = [*(file.name for file in models), "deploykit.json", "verify.py", "report.json", "report.html", "README.md"]
+    more = {
+        "bundle": str(out),
+        "opset": exported.opset,
+        "signature": signature_json(reference.signature),
+        "files": [{"name": file.name, "bytes": file.stat().st_size} for file in models],
+        "oldest_onnxruntime": bundles.OLDEST_RUNTIME.get(exported.opset),
+    }
+    written = [str(out / name) for name in (*names, *(entry["folder"] for entry in golden))]
+    report = _report(loaded, made, bench_body, more, clock, written)
+    record = report.to_json()
+    (folder / "report.json").write_text(dumps(record), encoding="utf-8")
+    (folder / "report.html").write_text(page(record), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(record), encoding="utf-8")
+    kinds = {decision["kind"] for decision in record["fuse"]["decisions"]}
+    inside = kinds & {"Rescaling", "Normalization"}
+    manifest = {
+        "schema": verify.BUNDLE_SCHEMA,
+        "deploykit": deploykit.__version__,
+        "model": "model.onnx",
+        "source": {"name": loaded.path.name, "sha256": loaded.sha256, "saved_by": loaded.saved_by},
+        "signature": more["signature"],
+        "preprocessing": f"inside the model: {', '.join(sorted(inside))}" if inside else "none inside the model",
+        "layout": "the axes of the Keras model, batch first",
+        "class_names": list(class_names) if class_names else None,
+        "policy": made.check["policy"],
+        "golden": golden,
+        "decisions": record["fuse"]["decisions"],
+        "opset": exported.opset,
+        "oldest_onnxruntime": more["oldest_onnxruntime"],
+        "versions": record["environment"].get("packages"),
+    }
+    bundles.seal(folder, manifest)
+    return report
+
+
+# ------------------------------------------------------------------------------------------------- bench alone
+
+
+def bench_inputs(model: Path, data: DataOptions) -> tuple[Samples, list[str]]:
+    """Inputs that fit the first model of a benchmark, read from the file's own signature."""
+    candidate = candidate_for(model)
+    session = runtimes.open(candidate.runtime, candidate.model)
+    signature = session.signature
+    session.close()
+    if data.data is None:
+        return synthesize(signature, count=data.limit or SYNTHETIC, seed=data.seed), ["timed on synthetic inputs"]
+    found = read_samples(
+        data.data, signature, limit=data.limit or REAL, seed=data.seed, image_size=data.image_size, scale=data.scale
+    )
+    return found, []
+
+
+def bench_candidates(models: Sequence[Path], wanted: Sequence[str]) -> list[Timed]:
+    """Every model on every runtime named, or on the one that follows from the file."""
+    rows = []
+    for model in models:
+        for runtime in wanted or (None,):
+            candidate = candidate_for(model, runtime)
+            name = str(model) if not wanted else f"{model} on {runtime}"
+            rows.append(Timed(name, Path(candidate.model), candidate.runtime))
+    return rows

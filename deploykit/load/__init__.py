@@ -1,0 +1,255 @@
+"""A model file in, a ``keras.Model`` out; nothing that came with the file runs on the way.
+
+Four steps: look at the bytes to find the reader (a name's extension proves nothing), let the reader take
+out the model's description without Keras, judge that description (``safety``), and only then let Keras
+build the model. A generation of files is one module with ``recognises``, ``peek`` and ``build``, and one
+row of ``READERS``.
+
+Whatever Keras makes of a broken file leaves here as one line; what it says on the way becomes notices; and
+the process is left as it was (``state``).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import keras
+
+from deploykit.errors import CustomObjectError, DeploykitError, LoadError, UnsafeModelError, UnsupportedModelError
+from deploykit.files import sha256
+from deploykit.load import hdf5, keras3, state
+from deploykit.load.contents import Contents, named
+from deploykit.load.custom import custom_objects as import_objects
+from deploykit.load.health import nonfinite_weights, refuse_rewriting
+from deploykit.load.safety import Findings, examine
+
+__all__ = ["READERS", "Loaded", "Reader", "load", "nonfinite_weights", "refuse_rewriting"]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """One format: how it is recognised, what it says about itself, how Keras builds it."""
+
+    format: str
+    recognises: Callable[[Path], bool]
+    peek: Callable[[Path], Contents]
+    build: Callable[[Path, Mapping[str, Any], bool], keras.Model]
+
+
+READERS = (
+    Reader("keras3", keras3.recognises, keras3.peek, keras3.build),
+    Reader("hdf5", hdf5.recognises, hdf5.peek, hdf5.build),
+)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model and where it came from.
+
+    ``saved_by`` is the Keras version that the file records, ``backend`` the backend, None where it does
+    not say. ``custom_objects`` are the user's objects by name: later steps that rebuild layers from
+    their config do so within ``keras.saving.custom_object_scope(loaded.custom_objects)``.
+    """
+
+    model: keras.Model
+    path: Path
+    sha256: str
+    format: str
+    bytes: int
+    saved_by: str | None
+    backend: str | None
+    training_config_found: bool
+    notices: tuple[str, ...]
+    custom_objects: Mapping[str, Any]
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    custom_objects: Sequence[str] = (),
+    weights: str | os.PathLike[str] | None = None,
+    allow_code: bool = False,
+    allow_nonfinite: bool = False,
+) -> Loaded:
+    """Load a whole Keras model, uncompiled.
+
+    ``custom_objects``: modules, ``module:Name`` or .py files with the user's own classes. ``weights``: a
+    weights file (or another model file) to fill the model from. ``allow_code``: let code that came with
+    the file run. ``allow_nonfinite``: accept NaN and Inf in weights.
+
+    Raises LoadError, UnsafeModelError or CustomObjectError for a file that cannot be read, and
+    UnsupportedModelError for one whose generation is not supported; always one line.
+    """
+    path = Path(path)
+    reader = _reader(path)
+    contents = reader.peek(path)
+    notices = list(contents.notices)
+    with state.undisturbed():
+        with state.collected(notices):
+            given = {**keras.saving.get_custom_objects(), **import_objects(custom_objects)}
+            findings = examine(contents.config, given, str(path))
+        notices += _judged(findings, contents, path, allow_code)
+        objects = {**given, **findings.renamed}
+        with state.collected(notices), state.safe_mode(not allow_code), state.room_for(findings.parts):
+            model = _built(reader, path, contents, objects, not allow_code)
+            if weights is not None:
+                _fill(model, Path(weights))
+                notices.append(f"weights filled from {weights} (sha256 {sha256(weights)})")
+    if not allow_nonfinite and (bad := nonfinite_weights(model)):
+        more = f" and {len(bad) - 1} more weights" if len(bad) > 1 else ""
+        raise LoadError(f"{path}: {bad[0]}{more}; the training diverged, go back to an earlier checkpoint")
+    return Loaded(
+        model=model,
+        path=path,
+        sha256=sha256(path),
+        format=reader.format,
+        bytes=path.stat().st_size,
+        saved_by=contents.saved_by,
+        backend=contents.backend,
+        training_config_found=contents.training_config_found,
+        notices=tuple(notices),
+        custom_objects=objects,
+    )
+
+
+def _reader(path: Path) -> Reader:
+    """The reader for the bytes at ``path``. Raises LoadError or UnsupportedModelError."""
+    try:
+        if path.is_dir():
+            raise _folder(path)
+        if not path.exists():
+            raise LoadError(f"there is no file {path}; check the path")
+        if not path.is_file():
+            raise LoadError(f"{path} is no regular file; pass a .keras or HDF5 file")
+        if path.stat().st_size == 0:
+            raise LoadError(f"{path} is empty; copy or save it again")
+        for reader in READERS:
+            if reader.recognises(path):
+                return reader
+    except (OSError, ValueError) as error:
+        raise LoadError(f"cannot read {path} ({_cause(error)}); check the path and its permissions") from error
+    raise LoadError(f"{path} is neither a .keras archive nor an HDF5 file; pass a model written by model.save()")
+
+
+def _folder(path: Path) -> DeploykitError:
+    if (path / "saved_model.pb").exists():
+        return UnsupportedModelError(
+            f"{path} is a TensorFlow SavedModel folder, which is not supported yet; pass a .keras or HDF5 file"
+        )
+    if (path / keras3.CONFIG).exists():
+        return UnsupportedModelError(
+            f"{path} is an unpacked .keras folder, which is not supported; save the model with model.save('x.keras')"
+        )
+    return LoadError(f"{path} is a folder without a model; pass a .keras or HDF5 file")
+
+
+def _judged(findings: Findings, contents: Contents, path: Path, allow_code: bool) -> list[str]:
+    """Raise for what must not or cannot be built; return notices for what was allowed."""
+    more = f" (and {len(findings.code) - 1} more)" if len(findings.code) > 1 else ""
+    if findings.code and not allow_code:
+        raise UnsafeModelError(
+            f"{path}: {findings.code[0]}{more}; safe mode runs nothing that comes with a file, "
+            "--allow-code does if you trust its author"
+        )
+    if findings.missing:
+        names = ", ".join(findings.missing)
+        if (origin := _other_generation(contents)) is not None:
+            raise UnsupportedModelError(
+                f"{path} was saved by {origin} and needs what Keras {keras.__version__} does not have: {names}; "
+                "that generation is not supported yet, or give your own classes with --custom-objects"
+            )
+        raise CustomObjectError(
+            f"{path} needs classes or functions that were not given: {names}; "
+            "name the module or .py file that defines them with --custom-objects"
+        )
+    return [f"code from the file was allowed to run: {found}" for found in findings.code]
+
+
+def _other_generation(contents: Contents) -> str | None:
+    """The Keras that saved the file, when it is an older generation or newer than the one installed."""
+    if contents.saved_by is None or contents.generation is None:
+        return None
+    if contents.generation < 3:
+        return f"Keras {contents.saved_by}"
+    newer = [int(p) for p in contents.saved_by.split(".")[:2] if p.isdigit()]
+    return f"the newer Keras {contents.saved_by}" if newer > list(map(int, keras.__version__.split(".")[:2])) else None
+
+
+def _built(reader: Reader, path: Path, contents: Contents, objects: Mapping[str, Any], safe_mode: bool) -> keras.Model:
+    try:
+        model = reader.build(path, objects, safe_mode)
+    except Exception as error:  # a broken file fails anywhere in Keras, h5py or TensorFlow
+        if _lacks_input_shape(contents.config):
+            raise _without_input_shape(path) from error
+        if (origin := _other_generation(contents)) is not None:
+            raise UnsupportedModelError(
+                f"{path} was saved by {origin} and Keras {keras.__version__} cannot read it ({_cause(error)}); "
+                "that generation is not supported yet"
+            ) from error
+        raise LoadError(
+            f"Keras cannot load {path} ({_cause(error)}); if it is intact, save it again with Keras {keras.__version__}"
+        ) from error
+    if not isinstance(model, keras.Model):
+        raise LoadError(f"{path} describes a {type(model).__name__}, not a model; save a whole model with model.save()")
+    if not model.built:
+        raise _without_input_shape(path)
+    return model
+
+
+def _without_input_shape(path: Path) -> LoadError:
+    return LoadError(
+        f"{path} has no known input shape; start it with keras.Input(shape) or call model.build((None, ...)), "
+        "then save it again"
+    )
+
+
+def _lacks_input_shape(config: Mapping[str, Any]) -> bool:
+    """A Sequential that was never told, nor shown, its input."""
+    while config.get("class_name") == "Sequential":
+        inner = config.get("config")
+        layers = inner if isinstance(inner, list) else inner.get("layers") if isinstance(inner, dict) else None
+        if not isinstance(layers, list) or (isinstance(inner, dict) and inner.get("build_input_shape")):
+            return False
+        if not layers:
+            return True
+        config = layers[0] if isinstance(layers[0], dict) else {}
+        first = config.get("config")
+        if not isinstance(first, dict) or {"batch_shape", "batch_input_shape", "input_shape"} & set(first):
+            return False
+        if config.get("class_name") not in ("Sequential", "Functional", "Model"):
+            return True
+    return False
+
+
+def _fill(model: keras.Model, weights: Path) -> None:
+    """Fill a model from a weights file of either format, recognised by content."""
+    suffix = ".keras"
+    reader = _reader(weights)
+    if reader.format == "hdf5":
+        with hdf5.open_checked(weights, str(weights)) as file:
+            legacy = "layer_names" in file.attrs or "layer_names0" in file.attrs or "model_weights" in file
+            if not legacy and not hdf5.is_weights(file):
+                raise LoadError(f"{weights} holds no weights; pass a file written by model.save_weights()")
+            suffix = ".h5" if legacy else ".weights.h5"
+    else:
+        reader.peek(weights)
+    try:
+        with named(weights, suffix) as name:
+            model.load_weights(name)
+    except Exception as error:  # a file of another model fails anywhere in Keras
+        raise LoadError(
+            f"the weights in {weights} do not fit the model ({_cause(error)}); pass the weights of this very model"
+        ) from error
+
+
+def _cause(error: BaseException) -> str:
+    """The innermost reason of Keras' nested messages, in one short line."""
+    text = str(error).rpartition("Exception encountered:")[2].strip()
+    if isinstance(error, RecursionError):
+        text = "its layers are nested or chained too deeply"
+    first = "".join(c if c.isprintable() else "?" for c in text.splitlines()[0]) if text else type(error).__name__
+    return first if len(first) <= 200 else f"{first[:197]}..."

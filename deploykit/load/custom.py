@@ -1,0 +1,128 @@
+"""The user's own classes and functions: code that runs because the user named it, never because a file did.
+
+A place is a module (``pkg.layers``), one object of it (``pkg.layers:Scale``), or a Python file
+(``layers.py``, ``layers.py:Scale``). Of a module count the public classes and functions that it defines
+itself, and whatever it or its submodules registered with ``register_keras_serializable``; what it merely
+imported does not, so a file that says ``from keras.layers import *`` overrides nothing.
+
+Importing is a side effect that cannot be undone, but its effect on Keras is: the registry is put back by
+the caller, and the objects travel in ``Loaded.custom_objects`` instead.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import sys
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import keras
+
+from deploykit.errors import CustomObjectError
+
+_FLAG = "--custom-objects takes a module, module:Name or a .py file"
+
+
+@contextmanager
+def _importable(folder: Path, *, first: bool) -> Iterator[None]:
+    """Let imports find ``folder``: first for a file's neighbours, last for the working folder."""
+    before = list(sys.path)
+    sys.path.insert(0 if first else len(sys.path), str(folder))
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
+def _import_file(path: Path) -> ModuleType:
+    """Import a file under its own name, or under a longer one when that name is another module's."""
+    path = path.resolve()
+    name = path.stem
+    if name in sys.modules and getattr(sys.modules[name], "__file__", None) != str(path):
+        name = f"{name}_{zlib.crc32(str(path).encode()):08x}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        with _importable(path.parent, first=True):
+            spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _import(place: str) -> ModuleType:
+    try:
+        if place.endswith(".py"):
+            if not Path(place).is_file():
+                raise CustomObjectError(f"custom objects: there is no file {place}; {_FLAG}")
+            return _import_file(Path(place))
+        with _importable(Path.cwd(), first=False):
+            return importlib.import_module(place)
+    except CustomObjectError:
+        raise
+    except (Exception, SystemExit) as error:  # whatever the user's code raises
+        cause = f"{type(error).__name__}: {error}".strip()
+        raise CustomObjectError(f"custom objects: cannot import {place!r} ({cause[:200]}); {_FLAG}") from error
+
+
+def _names(found: object, name: str) -> Iterator[str]:
+    yield name
+    registered = keras.saving.get_registered_name(found)
+    if isinstance(registered, str):
+        yield registered
+
+
+def _objects(module: ModuleType) -> Iterator[tuple[str, object]]:
+    family = [m for n, m in list(sys.modules.items()) if n == module.__name__ or n.startswith(f"{module.__name__}.")]
+    for member in sorted(family, key=lambda m: m is module):  # the module itself last: it wins
+        for name, found in sorted(vars(member).items()):
+            if not (inspect.isclass(found) or inspect.isfunction(found)):
+                continue
+            own = found.__module__ == member.__name__
+            registered = keras.saving.get_registered_name(found) != found.__name__
+            if own and (registered or (not name.startswith("_") and member is module)):
+                yield name, found
+    for name, found in sorted(vars(module).items()):  # a package that re-exports its submodules' classes
+        if not name.startswith("_") and str(getattr(found, "__module__", "")).startswith(f"{module.__name__}."):
+            yield name, found
+
+
+def custom_objects(places: Sequence[str]) -> dict[str, Any]:
+    """Import the named places and return their objects by plain and by registered name.
+
+    Raises CustomObjectError when a place cannot be imported, lacks the object, or holds none.
+    """
+    objects: dict[str, Any] = {}
+    for place in places:
+        source, _, wanted = place.rpartition(":")
+        if not source or not wanted.isidentifier():
+            source, wanted = place, ""
+        module = _import(source)
+        found = dict(_objects(module))
+        if wanted:
+            if not hasattr(module, wanted):
+                known = ", ".join(sorted(found)[:6]) or "nothing usable"
+                raise CustomObjectError(f"custom objects: {source} has no {wanted}; it defines {known}")
+            found = {wanted: getattr(module, wanted)}
+        if not found:
+            raise CustomObjectError(f"custom objects: {source} defines no class or function; {_FLAG}")
+        for name, thing in found.items():
+            objects.update(dict.fromkeys(_names(thing, name), thing))
+    return objects
+
+
+def lookup(objects: Mapping[str, Any], name: str) -> Any:
+    """An object under its name, its registered name, or its registered name without the package."""
+    return objects.get(name, objects.get(name.rpartition(">")[2]))

@@ -1,0 +1,181 @@
+"""HDF5 model files: whole models saved by Keras 2 and, with ``save("x.h5")``, by Keras 3.
+
+The file keeps the model's JSON description in the attribute ``model_config`` and one group per layer
+under ``model_weights``. HDF5 can also point outside itself: external links, datasets in other files,
+virtual datasets, soft links. A model needs none of them, so any link that is not a plain hard link and
+any dataset that is not stored in the file is refused before a value is read.
+
+Loading without an error does not mean loading the same model: some names changed their meaning
+between Keras 2 and Keras 3. ``DRIFTED`` lists them; such a file is refused until a reader for its
+generation translates it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import h5py
+import keras
+
+from deploykit.errors import LoadError, UnsafeModelError, UnsupportedModelError
+from deploykit.load.contents import Contents, named, parse_config, printable, text_of
+
+MAGIC = b"\x89HDF\r\n\x1a\n"
+
+# A dataset may declare a shape that it hardly stores: reading it would allocate the declaration.
+BOMB_FLOOR_BYTES = 64 << 20
+BOMB_EXPANSION = 1000  # gzip reaches about 1000:1 on constant data
+
+Rule = Callable[[str, Mapping[str, Any]], bool]
+
+# What Keras 3 reads without complaint but computes differently from the Keras that saved it.
+DRIFTED: dict[str, Rule] = {
+    # clip(0.2 x + 0.5, 0, 1) became clip(x / 6 + 0.5, 0, 1)
+    "hard_sigmoid was another function then": lambda _, config: (
+        "hard_sigmoid" in (config.get("activation"), config.get("recurrent_activation"))
+    ),
+    # no key meant False, and means True now
+    "its GRU applies the reset gate before the product": lambda name, config: (
+        name == "GRU" and "reset_after" not in config
+    ),
+    # read and ignored
+    "its inputs are time-major": lambda _, config: config.get("time_major") is True,
+}
+
+
+def recognises(path: Path) -> bool:
+    """The signature sits at byte 0, 512, 1024, ...: h5py follows a user block too."""
+    return bool(h5py.is_hdf5(path))
+
+
+def refuse_pointers(file: h5py.File, what: str) -> None:
+    """Raise UnsafeModelError when anything in an open HDF5 file lies outside it, or is not what it declares."""
+    names: list[str] = []
+    file.visit_links(lambda name: names.append(text_of(name) or "?"))  # an exception in there would be lost
+    for name in names:
+        try:
+            link = file.get(name, getlink=True)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UnsafeModelError(f"{what}: unknown kind of link at {name!r}; refusing to follow it") from error
+        if link is None:
+            raise LoadError(f"{what} is a damaged HDF5 file ({name!r} leads nowhere); copy or save it again")
+        if not isinstance(link, h5py.HardLink):
+            raise UnsafeModelError(
+                f"{what}: {name!r} is a {type(link).__name__} that may point outside the model; refusing to follow "
+                "it, save the model again with all its weights in one file"
+            )
+        item = file.get(name, getclass=True)
+        if item is h5py.Dataset:
+            _refuse_dataset(file[name], name, what)
+
+
+def _refuse_dataset(dataset: h5py.Dataset, name: str, what: str) -> None:
+    if dataset.external or dataset.is_virtual:
+        raise UnsafeModelError(f"{what}: the values of {name!r} lie in another file; refusing to read them")
+    declared_bytes = math.prod(dataset.shape or ()) * dataset.dtype.itemsize
+    stored_bytes = dataset.id.get_storage_size()
+    if declared_bytes > BOMB_FLOOR_BYTES and declared_bytes > BOMB_EXPANSION * stored_bytes:
+        raise UnsafeModelError(
+            f"{what}: {name!r} declares {declared_bytes >> 20} MiB but stores {stored_bytes} bytes; refusing to read it"
+        )
+
+
+def open_checked(source: Path | BinaryIO, what: str) -> h5py.File:
+    """Open for reading and refuse pointers; the caller closes. Raises LoadError for a damaged file."""
+    try:
+        file = h5py.File(source, "r")
+    except (OSError, RuntimeError, ValueError) as error:
+        raise LoadError(f"{what} is a damaged or truncated HDF5 file; copy or save it again") from error
+    try:
+        refuse_pointers(file, what)
+    except LoadError:
+        file.close()
+        raise
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
+        file.close()
+        raise LoadError(f"{what} is a damaged HDF5 file; copy or save it again") from error
+    return file
+
+
+def peek(path: Path) -> Contents:
+    """Read what the file says about itself. Raises LoadError, UnsafeModelError or UnsupportedModelError."""
+    with open_checked(path, str(path)) as file:
+        try:
+            attributes = dict(file.attrs)
+        except (OSError, RuntimeError, TypeError, ValueError) as error:
+            raise LoadError(f"{path} has attributes that cannot be read; the file is damaged") from error
+        text = text_of(attributes.get("model_config"))
+        if text is None:
+            raise _without_config(file, attributes, path)
+        if not isinstance(file.get("model_weights"), h5py.Group):
+            raise LoadError(f"{path} describes a model but holds no weights; save it again with model.save()")
+        contents = Contents(
+            config=parse_config(text.encode("utf-8", "surrogateescape"), f"model_config of {path}"),
+            saved_by=printable(text_of(attributes.get("keras_version"))),
+            backend=printable(text_of(attributes.get("backend"))),
+            training_config_found="training_config" in attributes,
+        )
+    _refuse_generation(contents, path)
+    return contents
+
+
+def _without_config(file: h5py.File, attributes: Mapping[str, object], path: Path) -> LoadError:
+    if is_weights(file):
+        return LoadError(
+            f"{path} holds weights only, no model; pass the model file, and this one with --weights, "
+            "or save the whole model with model.save()"
+        )
+    inside = ", ".join(sorted(map(str, list(file)[:4]))) or "nothing"
+    return LoadError(f"{path} is an HDF5 file without a Keras model (it holds {inside}); pass a model file")
+
+
+def is_weights(file: h5py.File) -> bool:
+    """Weights without a model: Keras 2's layer groups, or Keras 3's ``.weights.h5``."""
+    return "layer_names" in file.attrs or "layer_names0" in file.attrs or bool({"layers", "vars"} & set(file))
+
+
+def _layers(config: object) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Class name and config of everything that has both, at any depth."""
+    stack = [config]
+    while stack:
+        node = stack.pop()
+        if isinstance(node, dict):
+            inner = node.get("config")
+            if isinstance(node.get("class_name"), str) and isinstance(inner, dict):
+                yield node["class_name"], inner
+            stack.extend(node.values())
+        elif isinstance(node, list):
+            stack.extend(node)
+
+
+def _refuse_generation(contents: Contents, path: Path) -> None:
+    """Refuse what Keras 3 would load as another model than the one that was saved."""
+    generation = contents.generation
+    if generation is None or generation < 2:
+        raise UnsupportedModelError(
+            f"{path} was saved by Keras 1 or names no Keras version; this generation is not supported yet: "
+            "load it where it was made and save it with a newer Keras"
+        )
+    if contents.backend == "theano":
+        raise UnsupportedModelError(
+            f"{path} was saved by Keras {contents.saved_by} on Theano, whose convolution kernels are rotated by "
+            "180 degrees; this is not supported yet: load it on TensorFlow with that Keras and save it again"
+        )
+    if generation >= 3:
+        return
+    for class_name, config in _layers(contents.config):
+        for reason, applies in DRIFTED.items():
+            if applies(class_name, config):
+                raise UnsupportedModelError(
+                    f"{path} was saved by Keras {contents.saved_by} and layer {config.get('name', class_name)!r} would "
+                    f"compute something else in Keras 3 ({reason}); this generation is not supported yet"
+                )
+
+
+def build(path: Path, custom_objects: Mapping[str, Any], safe_mode: bool) -> keras.Model:
+    """Let Keras build the model; it is not compiled."""
+    with named(path, ".h5", ".hdf5") as name:
+        return keras.models.load_model(name, dict(custom_objects), compile=False, safe_mode=safe_mode)

@@ -1,0 +1,272 @@
+"""Reports for a terminal: one screen each, verdict first within each part.
+
+Every function takes the JSON form of one verb's report and a rich console; nothing is computed here that
+the report does not say.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from deploykit.report.markdown import against
+from deploykit.report.wording import count, decibels, milliseconds, ratio, size, small
+
+Json = Mapping[str, Any]
+ROWS = 20  # a table of decisions folds into counts beyond this
+
+
+def _grid(rows: Sequence[tuple[str, RenderableType]]) -> Table:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column()
+    for label, content in rows:
+        grid.add_row(label, content)
+    return grid
+
+
+def _table(*columns: str, right: Sequence[int] = ()) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index in right else "left", overflow="fold")
+    return table
+
+
+def _verdict(good: bool, yes: str, no: str) -> Text:
+    return Text(yes, style="bold green") if good else Text(no, style="bold red")
+
+
+def _notices(report: Json) -> list[tuple[str, RenderableType]]:
+    return [("notice" if i == 0 else "", escape(text)) for i, text in enumerate(report.get("notices", []))]
+
+
+def _head(report: Json, what: str = "") -> Text:
+    return Text.assemble((f"deploykit {report['deploykit']}", "dim"), "  ", (str(report["model"]), "bold"), f"  {what}")
+
+
+def _seconds(report: Json) -> str:
+    parts = report.get("seconds", {})
+    return ", ".join(f"{name} {value:.1f}" for name, value in parts.items() if value >= 0.05 and name != "total")
+
+
+# ------------------------------------------------------------------------------------------------- fuse
+
+
+def _fused_rows(fuse: Json) -> list[tuple[str, RenderableType]]:
+    affines, decisions = fuse["affines"], fuse["decisions"]
+    kinds = ", ".join(f"{n['fused']} of {n['total']} {kind}" for kind, n in affines["by_kind"].items())
+    backward = sum(d["direction"] == "backward" for d in decisions)
+    forward = sum(d["direction"] == "forward" for d in decisions)
+    if not affines["total"]:
+        return [("fused", "nothing: the model has no BatchNormalization, Normalization or Rescaling")]
+    params = fuse["params"]
+    rows: list[tuple[str, RenderableType]] = [
+        (
+            "fused",
+            f"{kinds}  ({backward} backward, {forward} forward);  "
+            f"{params['before']:,} -> {params['after']:,} parameters",
+        )
+    ]
+    kept = [d for d in decisions if d["outcome"] != "fused"]
+    if not kept:
+        rows.append(("kept", "none"))
+    elif len(kept) <= 4:
+        rows += [("kept" if i == 0 else "", escape(f"{d['layer']}: {d['reason']}")) for i, d in enumerate(kept)]
+    else:
+        codes = Counter(d["code"] for d in kept)
+        rows.append(("kept", ", ".join(f"{n} {code}" for code, n in codes.most_common())))
+    if fuse.get("exactness_f64") is not None:
+        rows.append(
+            (
+                "exact",
+                f"{small(fuse['exactness_f64'])} relative in float64 (bound {small(fuse['exactness_bound'])}); "
+                f"{small(fuse['exactness_stored'])} with the weights as stored",
+            )
+        )
+    if fuse.get("insensitive"):
+        rows.append(("", f"no evidence from {', '.join(fuse['insensitive'])}: hardly varies between inputs"))
+    return rows
+
+
+def fuse(report: Json, console: Console) -> None:
+    decisions = report["decisions"]
+    parts: list[RenderableType] = [_head(report)]
+    rows = _fused_rows(report)
+    if 0 < len(decisions) <= ROWS:
+        table = _table("layer", "outcome", "direction", "into", "through", "reason")
+        for d in decisions:
+            cells = (d["layer"], d["outcome"], d["direction"] or "-", ", ".join(d["into"]) or "-")
+            table.add_row(*map(escape, (*cells, ", ".join(d["through"]) or "-", d["reason"])))
+        parts.append(table)
+        rows = [row for row in rows if row[0] != "kept"]
+    elif decisions:
+        table = _table("outcome", "direction", "code", "layers", right=[3])
+        groups = Counter((d["outcome"], d["direction"] or "-", d["code"]) for d in decisions)
+        for (outcome, direction, code), number in groups.most_common():
+            table.add_row(outcome, direction, code, str(number))
+        parts.append(table)
+    if report["outputs_written"]:
+        rows.append(("written", escape(", ".join(report["outputs_written"]))))
+    parts.append(_grid(rows + _notices(report)))
+    console.print(Group(*parts))
+
+
+# ------------------------------------------------------------------------------------------------- check
+
+
+def _check_rows(check: Json) -> list[tuple[str, RenderableType]]:
+    rows: list[tuple[str, RenderableType]] = []
+    for index, comparison in enumerate(check["comparisons"]):
+        table = _table("output", "SNR", "original's own", "max abs", "top-1", "verdict", right=[1, 2, 3, 4])
+        for output in comparison["outputs"]:
+            top1 = output["top1_agreement"]
+            table.add_row(
+                escape(output["name"]),
+                decibels(output["snr_db"]) if output["max_abs"] is not None else "-",
+                decibels(output["reference_snr_db"]),
+                small(output["max_abs"]),
+                "-" if top1 is None else f"{100 * top1:.2f} %",
+                _verdict(output["passed"], "same", "DIFFERS"),
+            )
+        verdict = _verdict(comparison["passed"], "equivalent", "NOT EQUIVALENT")
+        what = f" {comparison['candidate']} on {comparison['runtime']}, {count(comparison['samples'], 'sample')}"
+        reasons = [output["reason"] for output in comparison["outputs"] if output["reason"] and not output["passed"]]
+        if comparison.get("reason"):
+            reasons.insert(0, comparison["reason"])
+        content: list[RenderableType] = [Text.assemble(verdict, what), table]
+        content += [Text(reason, style="red") for reason in reasons[:4]]
+        rows.append(("check" if index == 0 else "", Group(*content)))
+    return rows
+
+
+def check(report: Json, console: Console) -> None:
+    rows = _check_rows(report)
+    reference = report["reference"]
+    rows.append(("reference", escape(f"{reference['model']} in {reference['precision']}, on {report['data']}")))
+    console.print(Group(_head(report), _grid(rows + _notices(report))))
+
+
+# ------------------------------------------------------------------------------------------------- bench
+
+
+def _bench_table(bench: Json) -> RenderableType:
+    table = _table("candidate", "batch", "median", "p90", "time / last", "95 % interval", "verdict", right=[1, 2, 3, 4])
+    candidates = bench["candidates"]
+    settings = list(dict.fromkeys((c["batch"], c["threads"]) for c in candidates))
+    for batch, threads in settings:
+        group = [c for c in candidates if (c["batch"], c["threads"]) == (batch, threads)]
+        last = group[-1]
+        for c in group:
+            if c["failed"]:
+                table.add_row(
+                    escape(c["name"]), str(batch), "-", "-", "-", "-", Text(f"failed: {c['failed']}", style="red")
+                )
+                continue
+            value, interval, verdict = against(bench, c, last["name"])
+            latency = c["latency_ms"]
+            table.add_row(
+                escape(c["name"]),
+                str(batch),
+                milliseconds(latency["median"]),
+                milliseconds(latency["p90"]),
+                "" if c is last else ratio(value),
+                f"[{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "",
+                verdict if c is not last else "",
+            )
+    return table
+
+
+def bench(report: Json, console: Console) -> None:
+    threads = sorted({str(c["threads"]) for c in report["candidates"]})
+    cpu = report["environment"].get("cpu", "?")
+    rows = [("time", _bench_table(report)), ("on", escape(f"{cpu}, threads {', '.join(threads)}"))]
+    console.print(Group(_head(report), _grid(rows + _notices(report))))
+
+
+# ----------------------------------------------------------------------------------- inspect, export, deploy
+
+
+def inspect(report: Json, console: Console) -> None:
+    file, signature = report["file"], report["signature"]
+    rows: list[tuple[str, RenderableType]] = [
+        ("file", f"{file['format']}, {size(file['bytes'])}, saved by Keras {file['saved_by'] or '?'}"),
+        (
+            "model",
+            f"{report['class']} '{report['name']}', {count(report['layers_total'], 'layer')}, "
+            f"{report['parameters']['total']:,} parameters ({report['parameters']['trainable']:,} trainable)",
+        ),
+    ]
+    for side in ("inputs", "outputs"):
+        for index, spec in enumerate(signature[side]):
+            sizes = ", ".join("?" if s is None else str(s) for s in spec["shape"])
+            rows.append((side if index == 0 else "", escape(f"{spec['name']} {spec['dtype']} [{sizes}]")))
+    rows.append(("training", "training configuration found" if file["training_config_found"] else "none in the file"))
+    kinds = ", ".join(f"{number} {kind}" for kind, number in report["affines"].items()) or "none"
+    rows.append(("affines", f"{kinds}; `deploykit fuse --dry-run` says which can go"))
+    for index, warning in enumerate(report["health"]):
+        rows.append(("health" if index == 0 else "", Text(warning, style="yellow")))
+    if not report["health"]:
+        rows.append(("health", "all weights are finite"))
+    parts: list[RenderableType] = [_head(report), _grid(rows + _notices(report))]
+    table = _table("layer", "class", "output", "parameters", right=[3])
+    layers = report["layers"]
+    shown = layers if len(layers) <= 2 * ROWS else [*layers[:ROWS], None, *layers[-ROWS // 2 :]]
+    for layer in shown:
+        if layer is None:
+            table.add_row("...", f"{len(layers) - len(shown) + 1} more in --json", "", "")
+            continue
+        sizes = ", ".join("?" if s is None else str(s) for s in layer["output_shape"] or [])
+        table.add_row(*map(escape, (layer["name"], layer["class"], f"[{sizes}]", f"{layer['parameters']:,}")))
+    console.print(Group(*parts, table))
+
+
+def export(report: Json, console: Console) -> None:
+    rows: list[tuple[str, RenderableType]] = [
+        (
+            "written",
+            escape(f"{', '.join(report['outputs_written'])}  ({size(report['size_bytes'])}, opset {report['opset']})"),
+        )
+    ]
+    if report.get("fuse"):
+        rows += _fused_rows(report["fuse"])
+    if report.get("check"):
+        rows += _check_rows(report["check"])
+    console.print(Group(_head(report), _grid(rows + _notices(report))))
+
+
+def deploy(report: Json, console: Console) -> None:
+    file = report["source"]
+    rows = _fused_rows(report["fuse"])
+    rows += _check_rows(report["check"])
+    rows.append(("", escape(f"on {report['check']['data']}; reference in {report['check']['reference']['precision']}")))
+    rows.append(("time", _bench_table(report["bench"])))
+    threads = report["bench"]["candidates"][0]["threads"]
+    rows.append(("", escape(f"on {report['environment'].get('cpu', '?')}, {count(threads, 'thread')}, batch 1")))
+    files = ", ".join(f"{f['name']} {size(f['bytes'])}" for f in report["files"][:3])
+    rows.append(("bundle", escape(f"{report['bundle']}: {files}, and {len(report['files']) - 3} more files")))
+    rows.append(("", escape(f"prove it on the target: python {report['bundle']}/verify.py")))
+    rows += _notices(report)
+    rows.append(("seconds", f"{report['seconds']['total']:.1f}  ({_seconds(report)})"))
+    head = _head(report, f"Keras {file['saved_by'] or '?'}, {size(file['bytes'])}")
+    console.print(Group(head, _grid(rows)))
+
+
+RENDERERS: Mapping[str, Callable[[Json, Console], None]] = {
+    "deploykit.inspect/1": inspect,
+    "deploykit.fuse/1": fuse,
+    "deploykit.export/1": export,
+    "deploykit.check/1": check,
+    "deploykit.bench/1": bench,
+    "deploykit.deploy/1": deploy,
+}
+
+
+def render(report: Json, console: Console) -> None:
+    """Show any report."""
+    RENDERERS[report["schema"]](report, console)

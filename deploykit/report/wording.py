@@ -1,0 +1,39 @@
+"""Numbers as people read them. Reports keep seconds, bytes and plain ratios; only renderers come here."""
+
+from __future__ import annotations
+
+
+def size(count: float | None) -> str:
+    """Bytes in decimal units: 283 kB."""
+    if count is None:
+        return "?"
+    for unit in ("B", "kB", "MB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def milliseconds(value: float | None) -> str:
+    if value is None:
+        return "-"
+    digits = 3 if value < 1 else 2 if value < 10 else 1
+    return f"{value:.{digits}f} ms"
+
+
+def ratio(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2f}x" if value < 10 else f"{value:.1f}x"
+
+
+def decibels(value: float | None) -> str:
+    return "exact" if value is None else f"{value:.1f} dB"
+
+
+def small(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2g}"
+
+
+def count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

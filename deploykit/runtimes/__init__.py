@@ -1,0 +1,134 @@
+"""One small file per runtime behind one Protocol; nothing heavy is imported before a session is opened.
+
+A runtime executes a model on a device. `open` gives a `Session`, whatever the runtime:
+
+    with contextlib.closing(open("onnxruntime-cpu", "model.onnx", threads=2)) as session:
+        outputs = session.run({"image": x})     # a dict in the order of session.signature.outputs
+
+`RUNTIMES` is the table: the name people type, the module that implements it, the file kinds it reads
+and the extra that installs it. A runtime module has one function, ``session(model, *, threads)``. A
+new runtime is one row here and one file beside this one.
+
+Sessions never run on another device than the one they were opened for: a provider that would fall
+back to the CPU in silence is an error.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from deploykit.errors import DataError, InputError, MissingComponentError
+from deploykit.signature import Signature, TensorSpec
+
+Array = npt.NDArray[Any]
+
+
+class Session(Protocol):
+    """A model that is loaded and ready to run."""
+
+    @property
+    def runtime(self) -> str:
+        """The name in `RUNTIMES`."""
+
+    @property
+    def signature(self) -> Signature:
+        """Names, shapes and dtypes, in the model's own order."""
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Outputs by name, in the order of the signature. Raises DataError for inputs that do not fit."""
+
+    def close(self) -> None:
+        """Let go of the model; a closed session cannot run."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A row of `RUNTIMES`. ``packages`` are the modules whose absence means that ``extra`` is missing."""
+
+    name: str
+    module: str
+    suffixes: tuple[str, ...]
+    packages: tuple[str, ...]
+    extra: str | None = None  # None: comes with deploykit itself
+
+
+RUNTIMES: dict[str, Runtime] = {
+    row.name: row
+    for row in (
+        Runtime("keras", "deploykit.runtimes.keras_tf", (".keras",), ("keras", "tensorflow")),
+        Runtime("onnxruntime-cpu", "deploykit.runtimes.onnxruntime_cpu", (".onnx",), ("onnxruntime",)),
+    )
+}
+
+
+def _missing(row: Runtime, package: str) -> MissingComponentError:
+    install = "deploykit" if row.extra is None else f"deploykit[{row.extra}]"
+    return MissingComponentError(f"runtime {row.name} needs {package}; install it with: pip install '{install}'")
+
+
+def open(name: str, model: Any, *, threads: int | None = None) -> Session:
+    """Load ``model`` (a path; for "keras" also a keras.Model) into the runtime called ``name``.
+
+    ``threads`` bounds the threads of one operation where the runtime can bound them per session.
+    Raises InputError for an unknown runtime, MissingComponentError where its package is not
+    installed, LoadError for a file that it cannot read.
+    """
+    row = RUNTIMES.get(name)
+    if row is None:
+        raise InputError(f"unknown runtime {name!r}; known are {', '.join(RUNTIMES)}")
+    if threads is not None and threads < 1:
+        raise InputError(f"threads must be at least 1, not {threads}")
+    try:
+        module = importlib.import_module(row.module)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in row.packages:
+            raise
+        raise _missing(row, package) from error
+    session: Session = module.session(model, threads=threads)
+    return session
+
+
+def runtime_for(path: str | os.PathLike[str]) -> str:
+    """The name of the first runtime in the table that reads files of this kind."""
+    suffix = Path(path).suffix.lower()
+    for row in RUNTIMES.values():
+        if suffix in row.suffixes:
+            return row.name
+    kinds = ", ".join(f"{kind} ({row.name})" for row in RUNTIMES.values() for kind in row.suffixes)
+    raise InputError(f"no runtime reads {path}; readable are {kinds}")
+
+
+def fitted(inputs: Mapping[str, Array], specs: Sequence[TensorSpec]) -> list[Array]:
+    """The arrays in the order of ``specs``, checked against them.
+
+    A dtype is converted only where no value can change (float32 -> float64, int32 -> int64, a Python
+    list of small integers), never the other way. Raises DataError that names the input otherwise.
+    """
+    known = [spec.name for spec in specs]
+    if missing := [name for name in known if name not in inputs]:
+        raise DataError(f"no data for input {', '.join(missing)}; the model's inputs are {', '.join(known)}")
+    if unknown := [name for name in inputs if name not in known]:
+        raise DataError(f"the model has no input {', '.join(unknown)}; its inputs are {', '.join(known)}")
+    return [_fit(np.asarray(inputs[spec.name]), spec) for spec in specs]
+
+
+def _fit(array: Array, spec: TensorSpec) -> Array:
+    fits = len(array.shape) == len(spec.shape) and all(
+        want is None or have == want for have, want in zip(array.shape, spec.shape, strict=True)
+    )
+    if not fits:
+        raise DataError(f"input {spec} was given an array of shape {list(array.shape)}; reshape the data to fit")
+    if array.dtype == spec.dtype:
+        return array
+    if array.dtype.kind not in "OSU" and np.can_cast(array.dtype, spec.dtype, "safe"):
+        return array.astype(spec.dtype)
+    raise DataError(f"input {spec} was given {array.dtype} data; convert it to {spec.dtype} first")

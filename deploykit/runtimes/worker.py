@@ -1,0 +1,191 @@
+"""One model in one process, driven by lines of JSON: the far end of `deploykit.bench`.
+
+    python -m deploykit.runtimes.worker
+
+reads one command per line on stdin and answers each with one line on stdout:
+
+    {"do": "load", "runtime": R, "model": PATH, "threads": N, "inputs": FILE.npz, "batch": B}
+                                         {"import_s": s, "load_s": s}
+    {"do": "warm"}                       {"median_s": s, "runs": n, "settled": bool, "peak_rss_bytes": n}
+    {"do": "run", "runs": N}             {"samples_s": [s, ...], "peak_rss_bytes": n}
+    {"do": "quit"}, or the end of stdin  no answer; the process ends
+
+A command that fails is answered with {"failed": "one line"}. Stdout belongs to the protocol: file
+descriptor 1 is turned to stderr before a runtime is imported, so that C++ cannot print into it either.
+
+The time of a run is that of ``Session.run``: arrays in, arrays out, the conversions that a server makes
+included (5 to 10 us for ONNX Runtime, about 100 us for TensorFlow; that matters for tiny models).
+``load_s`` is opening the session, without the runtime's import, with the file as the system's cache has it.
+
+Warm-up. After a first run (it compiles and allocates) runs are taken in windows of at least 5 runs and
+20 ms, until the medians of two windows in a row are within 5 % of each other, or 2 s have passed.
+
+Each block begins with one run that is not timed: the caches may hold another process' data. Python's
+garbage collector is off while the clock runs.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from deploykit import runtimes
+from deploykit.environment import peak_rss_bytes
+from deploykit.errors import DataError, DeploykitError
+
+WINDOW_RUNS = 5
+WINDOW_S = 0.02
+SETTLED = 0.05
+WARM_LIMIT_S = 2.0
+REASON_LENGTH = 400
+
+Answer = dict[str, Any]
+
+
+def _bound_tensorflow(threads: int) -> None:
+    """TensorFlow's pools belong to the process and are fixed when it first runs something."""
+    import tensorflow as tf  # only the keras worker pays for it
+
+    tf.config.threading.set_intra_op_parallelism_threads(threads)
+    tf.config.threading.set_inter_op_parallelism_threads(threads)
+
+
+# What must be done once per process before a session of a runtime is opened.
+PREPARE: dict[str, Callable[[int], None]] = {"keras": _bound_tensorflow}
+
+
+def timed(call: Callable[[], object], runs: int) -> list[float]:
+    """Durations of so many calls, in seconds, each at least a nanosecond."""
+    clock = time.perf_counter_ns
+    ticks = []
+    for _ in range(runs):
+        begin = clock()
+        call()
+        ticks.append(clock() - begin)
+    return [round(max(tick, 1) * 1e-9, 9) for tick in ticks]
+
+
+def warm_up(
+    call: Callable[[], object], limit_s: float = WARM_LIMIT_S, clock: Callable[[], float] = time.perf_counter
+) -> Answer:
+    """Run until the running median settles; the rule is in the module's docstring."""
+    begin = clock()
+    call()
+    runs, before = 1, None
+    while True:
+        opened, window = clock(), timed(call, 1)
+        while (len(window) < WINDOW_RUNS or clock() - opened < WINDOW_S) and clock() - begin < limit_s:
+            window += timed(call, 1)
+        runs += len(window)
+        median = statistics.median(window)
+        settled = before is not None and abs(median - before) <= SETTLED * before
+        if settled or (before is not None and clock() - begin >= limit_s):
+            return {"median_s": median, "runs": runs, "settled": settled}
+        before = median
+
+
+class Worker:
+    """The commands; ``load`` comes first."""
+
+    def __init__(self) -> None:
+        self._call: Callable[[], object] | None = None
+
+    def load(self, runtime: str, model: str, threads: int, inputs: str, batch: int) -> Answer:
+        with np.load(inputs, allow_pickle=False) as arrays:
+            feed = dict(arrays)
+        begin = time.perf_counter()
+        if runtime in runtimes.RUNTIMES:  # a missing package is reported by `open`, in its own words
+            try:
+                importlib.import_module(runtimes.RUNTIMES[runtime].module)
+                if runtime in PREPARE:
+                    PREPARE[runtime](threads)
+            except ModuleNotFoundError:
+                pass
+        imported = time.perf_counter()
+        session = runtimes.open(runtime, model, threads=threads)
+        loaded = time.perf_counter()
+        for spec in session.signature.inputs:
+            if spec.shape and spec.shape[0] not in (None, batch):
+                raise DataError(f"the model's batch size is fixed at {spec.shape[0]}; batch {batch} cannot run")
+        self._call = lambda: session.run(feed)
+        return {"import_s": imported - begin, "load_s": loaded - imported}
+
+    def warm(self) -> Answer:
+        answer = warm_up(self._ready())
+        gc.collect()
+        gc.freeze()  # collections between blocks then skip what the runtime's import left behind
+        return {**answer, "peak_rss_bytes": peak_rss_bytes()}
+
+    def run(self, runs: int) -> Answer:
+        call = self._ready()
+        gc.collect()
+        gc.disable()
+        try:
+            call()
+            samples = timed(call, runs)
+        finally:
+            gc.enable()
+        return {"samples_s": samples, "peak_rss_bytes": peak_rss_bytes()}
+
+    def _ready(self) -> Callable[[], object]:
+        if self._call is None:
+            raise DataError("nothing is loaded; send a load command first")
+        return self._call
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    if not isinstance(error, DeploykitError):
+        text = f"{type(error).__name__}: {text}"
+    return text if len(text) <= REASON_LENGTH else text[: REASON_LENGTH - 3] + "..."
+
+
+def serve(commands: Iterable[str], answer: Callable[[Mapping[str, Any]], None]) -> None:
+    """Answer commands until one says quit or there are no more."""
+    worker = Worker()
+    verbs: dict[str, Callable[..., Answer]] = {"load": worker.load, "warm": worker.warm, "run": worker.run}
+    for line in commands:
+        try:
+            command = json.loads(line)
+            verb = command.pop("do")
+            if verb == "quit":
+                return
+            found = verbs[verb](**command)
+        except Exception as error:  # whatever a runtime raises is the answer
+            found = {"failed": _reason(error)}
+        answer(found)
+
+
+def _die_with_parent() -> None:
+    """Have the kernel kill this process when its parent dies, even while it is stopped (prctl(2))."""
+    if sys.platform == "linux":
+        import ctypes
+
+        pr_set_pdeathsig, sigkill = 1, 9
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, sigkill, 0, 0, 0)
+
+
+def main() -> None:
+    """Keep stdout for the answers alone, then serve."""
+    _die_with_parent()
+    protocol = os.fdopen(os.dup(1), "w", encoding="ascii")
+    os.dup2(2, 1)
+
+    def answer(found: Mapping[str, Any]) -> None:
+        protocol.write(json.dumps(found, allow_nan=False) + "\n")
+        protocol.flush()
+
+    serve(iter(sys.stdin.readline, ""), answer)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1473 @@
+#!/usr/bin/env python3
+"""Prove a bundle on the machine that will run it: standard library, numpy and onnxruntime, nothing else.
+
+    python BUNDLE_DIR/verify.py [--provider NAME] [--threads N] [--seconds S] [--json PATH|-]
+    python BUNDLE_DIR/verify.py --predict FILE [--output FILE.npz]
+
+Exit codes: 0 equivalent, 1 not equivalent (or nothing was compared), 2 bad usage, a changed file or a missing
+component (one line ``error: ...``), 70 an internal error, 130 interrupted. Runs on Python 3.9 and later.
+
+This file is copied into every bundle, so it is the one home of the arithmetic by which deploykit judges: what
+"equivalent" means, what a timing means, how a manifest is sealed.
+
+What "equivalent" means
+-----------------------
+r is the reference (the trained model in float64), o the original (the trained model's own float32 answer), c the
+candidate. A float32 evaluation of a sum Σ aᵢ·bᵢ errs by about eps·Σ|aᵢ·bᵢ| (Higham, *Accuracy and Stability of
+Numerical Algorithms*, 2nd ed., sec. 3.1): the error grows with the magnitudes that were summed, not with the
+result. Elementwise relative error therefore means nothing near zero, and no fixed tolerance fits both a tame and
+an ill-conditioned net. The one honest yardstick is what float32 did to *this* model on *these* inputs: o − r.
+Two correct evaluation orders differ from r by two draws of the same size, so c − r is compared with a small
+multiple of o − r. With N(s) = norm of (o − r) of sample s, R(s) = norm of r of sample s, three laws must hold:
+
+    whole      ‖c−r‖      ≤ 4·‖o−r‖ + 4·eps·‖r‖                                       L2 over the output
+    sample     ‖c_s−r_s‖  ≤ 8·max(N(s), q·S(s)) + 4·eps·S(s)                          L2 of each sample
+    element    max|c_s−r_s| ≤ 16·max(N(s), q·S(s)) + 4·eps·S(s)                       the same in the maximum norm
+    top-1      a changed answer is excused where r's margin ≤ 2·(4·max(N(s), q·S(s)) + 4·eps·S(s)), maximum norm
+
+* eps = 2⁻²³. The floor 4·eps covers the rounding of the stored reference, and a yardstick that is zero by luck.
+  4·x + 4·y < 10·max(x, y): a candidate more than ten times as wrong as the original, and by more than 10·eps,
+  never passes the first law.
+* The sample law keeps one huge sample from hiding a wrong small one. S(s) = max(R(s), the lower median of R): a
+  sample that is small by cancellation still carries the rounding of what cancelled. *Lower* median, so that of two
+  samples the smaller sets the scale. o may hit one sample by luck, so its own noise is pooled: q = the 90th
+  percentile of N/S, rounded down to a sample, so that one rogue sample never sets it. (With the median instead, an
+  ill-conditioned net with one number per sample fails correct candidates ten times as often.) Samples with R = 0
+  stay out of both.
+* The factors grow with the number of things that must hold together (1, samples, elements): the largest of many
+  draws exceeds the typical one. Top-1 takes the whole law's factor, because an answer that two errors of that size
+  cannot turn was turned by something else.
+* An original that misses the reference by more than 1/32 is no yardstick: that fails, whatever c is.
+* Without an original (an opaque graph is its own reference) the yardstick is 32·eps of each sample, and the result
+  is called passed, not proven.
+
+NaN and infinity: a sample in which o and r disagree about them (float32 overflow) is *excluded*: its noise is
+null, it is counted, not judged. Everywhere else c must have r's pattern exactly. If nothing is left, that fails.
+Integers, booleans and strings must be equal; samples where o itself differs from r are excluded.
+
+Limits: the laws need draws. With one number per sample and few samples, luck in o can fail a correct candidate;
+give ``Noise.between`` several float32 runs, or more samples. A runtime whose sigmoid has *absolute* accuracy
+fails the relative laws on an output that is saturated in most samples: compare before the sigmoid as well.
+
+What a timing means
+-------------------
+A round measures a and b next to each other, so drift cancels in log(median a / median b). The estimate is the
+median over rounds. Its interval is the exact order-statistic (sign test) interval (David & Nagaraja, *Order
+Statistics*, 3rd ed., sec. 7.1): it assumes independent rounds and no shape. In simulation with drift, bursts and two
+speed modes a model was called different from itself in at most 3.5 % of runs, where the percentile bootstrap of
+the median reached 7 %.
+
+What a seal means
+-----------------
+The manifest holds the SHA-256 of every file and of itself, so damage and careless edits are caught. It is no
+signature: whoever rewrites file, hash and seal together is not caught.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import os
+import platform
+import sys
+import tempfile
+import time
+import zipfile
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+try:
+    import numpy as np
+except ImportError:  # pragma: no cover - exercised in a subprocess
+    if __name__ != "__main__":
+        raise
+    sys.stderr.write("error: numpy is not installed; run: pip install numpy onnxruntime\n")
+    sys.exit(2)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    Array = NDArray[Any]
+    Floats = NDArray[np.float64]
+
+EPS32 = 2.0**-23
+SCHEMA = "deploykit.verify/1"
+BUNDLE_SCHEMA = "deploykit.bundle/1"
+MANIFEST = "deploykit.json"
+
+
+class RefusedError(ValueError):
+    """The request or the material cannot be judged at all: exit 2, one line that names the remedy."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_one_line(message))
+
+
+def _one_line(text: object, limit: int = 400) -> str:
+    line = " ".join(str(text).split())
+    return line if len(line) <= limit else line[: limit - 3] + "..."
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Comparison
+# --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How far a candidate of one precision may be from the reference; the laws are in the module docstring."""
+
+    name: str
+    factor_whole: float
+    factor_sample: float
+    factor_element: float
+    factor_top1: float
+    floor_l2: float
+    floor_max: float
+    noise_limit: float  # an original further off than this, relative L2, is no yardstick
+    default_noise: float  # the yardstick where there is no original, relative to each sample
+
+
+# One row per precision.
+POLICIES = {
+    "float32": Policy("float32", 4.0, 8.0, 16.0, 4.0, 4 * EPS32, 4 * EPS32, 2.0**-5, 32 * EPS32),
+}
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """The user's own law instead of a policy: |c − r| ≤ atol + rtol·|r| for every element, as in numpy's allclose."""
+
+    rtol: float = 0.0
+    atol: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("rtol", "atol"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                raise RefusedError(f"{name} is {value!r}; give a finite number that is not negative")
+
+
+@dataclass(frozen=True)
+class Noise:
+    """The original's own error, one number per sample: what a bundle carries instead of the original's outputs.
+
+    ``l2`` and ``max_abs`` are the norms of original − reference over the elements that are finite in both;
+    ``None`` marks a sample in which the two disagree about NaN or infinity (or, for exact kinds, at all).
+    A bundle stores the reference rounded to the model's dtype: take the noise against that rounded reference.
+    """
+
+    l2: tuple[float | None, ...]
+    max_abs: tuple[float | None, ...]
+
+    @classmethod
+    def between(cls, reference: Array, *originals: Array) -> Noise:
+        """Measure one or several float32 evaluations against the reference; of several, the largest counts."""
+        if not originals:
+            raise RefusedError("noise needs the answer of the original; give at least one")
+        runs = [_noise_of(np.asarray(reference), np.asarray(original)) for original in originals]
+        l2, peak = (
+            tuple(None if None in values else max(v for v in values if v is not None) for values in samples)
+            for samples in ([[run[part][s] for run in runs] for s in range(len(runs[0][part]))] for part in (0, 1))
+        )
+        return cls(l2, peak)
+
+    def to_json(self) -> dict[str, list[float | None]]:
+        return {"l2": list(self.l2), "max": list(self.max_abs)}
+
+    @classmethod
+    def from_json(cls, record: object) -> Noise:
+        """The record that ``to_json`` wrote; anything else is refused."""
+        pair: tuple[Any, Any] = (record.get("l2"), record.get("max")) if isinstance(record, dict) else (None, None)
+        l2, peak = pair
+        if not (_is_errors(l2) and _is_errors(peak)) or [v is None for v in l2] != [v is None for v in peak]:
+            raise RefusedError(
+                'a noise record must be {"l2": [...], "max": [...]}, alike in length and nulls; measure again'
+            )
+        return cls(*(tuple(None if v is None else float(v) for v in values) for values in (l2, peak)))
+
+
+def _is_errors(values: Any) -> bool:
+    """A list of finite numbers that are not negative, or None."""
+    return isinstance(values, list) and all(
+        v is None or (isinstance(v, (int, float)) and not isinstance(v, bool) and 0 <= v < math.inf) for v in values
+    )
+
+
+@dataclass(frozen=True)
+class OutputComparison:
+    """What was found for one output. ``reason`` is None where it passed; every float is finite or None.
+
+    ``samples`` were there, ``excluded`` of them not judged; ``worst_index`` counts within the sample and is the
+    element furthest beyond (or nearest to) what is allowed. ``noise_ratio`` is the candidate's L2 error over the
+    original's, ``spread`` the standard deviation between samples over the rms: below 1e-6 the output is
+    ``insensitive``, no evidence. ``yardstick`` says what it was measured by.
+    """
+
+    name: str
+    passed: bool
+    reason: str | None = None
+    yardstick: str | None = None
+    samples: int = 0
+    excluded: int = 0
+    exact: bool = False
+    snr_db: float | None = None
+    reference_snr_db: float | None = None
+    noise_ratio: float | None = None
+    max_abs: float | None = None
+    max_rel: float | None = None
+    cosine: float | None = None
+    top1_agreement: float | None = None
+    smallest_rtol: float | None = None
+    smallest_atol: float | None = None
+    worst_sample: int | None = None
+    worst_index: tuple[int, ...] | None = None
+    mismatches: int | None = None
+    spread: float | None = None
+    insensitive: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        record = dataclasses.asdict(self)
+        record["worst_index"] = None if self.worst_index is None else list(self.worst_index)
+        return record
+
+
+def judge(
+    name: str,
+    reference: Array,
+    candidate: Array,
+    policy: Policy | Tolerance,
+    noise: Noise | None = None,
+    dtype: Any = None,
+) -> OutputComparison:
+    """Compare one output. Axis 0 counts samples; ``dtype`` (default: the reference's) is what the candidate must have.
+
+    Never raises for what the candidate holds; a noise record that does not fit the reference is refused.
+    """
+    r, c = np.asarray(reference), np.asarray(candidate)
+    wanted, kind = np.dtype(r.dtype if dtype is None else dtype), _kind(r.dtype)
+    samples = 1 if r.ndim == 0 else int(r.shape[0])
+    fail = OutputComparison(name, False, samples=samples)
+    if c.shape != r.shape:
+        return dataclasses.replace(fail, reason=f"shape {list(c.shape)} instead of {list(r.shape)}")
+    if _dtype_name(c.dtype) != _dtype_name(wanted):
+        return dataclasses.replace(fail, reason=f"dtype {_dtype_name(c.dtype)} instead of {_dtype_name(wanted)}")
+    if r.size == 0:
+        return dataclasses.replace(fail, reason=f"nothing to compare: the output is empty, shape {list(r.shape)}")
+    if kind is None or _kind(c.dtype) != kind:
+        return dataclasses.replace(
+            fail, reason=f"{_dtype_name(c.dtype)} cannot be judged against {_dtype_name(r.dtype)}"
+        )
+    if noise is not None and (len(noise.l2) != samples or len(noise.max_abs) != samples):
+        raise RefusedError(
+            f"output {name}: the noise record has {len(noise.l2)} samples, the data {samples}; measure again"
+        )
+    with np.errstate(all="ignore"):  # overflow and 0/0 are looked for and become None
+        return (_judge_values if kind == "value" else _judge_exact)(fail, r, c, policy, noise)
+
+
+def judge_outputs(
+    reference: Mapping[str, Array],
+    candidate: Mapping[str, Array],
+    policy: Policy | Tolerance,
+    noises: Mapping[str, Noise] | None = None,
+    dtypes: Mapping[str, Any] | None = None,
+) -> tuple[OutputComparison, ...]:
+    """Compare all outputs, in the reference's order. Missing, extra and reordered outputs fail, and so does none.
+
+    ``noises`` None means that no original exists; given, it must cover every output.
+    """
+    found = []
+    names, theirs = list(reference), list(candidate)
+    moved = sorted(names) == sorted(theirs) and names != theirs
+    for position, name in enumerate(names):
+        if name not in candidate:
+            reason: str | None = "missing from the candidate"
+        elif moved and theirs[position] != name:
+            reason = f"moved from position {position} to {theirs.index(name)}"
+        elif noises is not None and name not in noises:
+            reason = "the original's own answer is missing, so there is no yardstick"
+        else:
+            reason = None
+        found.append(
+            OutputComparison(name, False, reason)
+            if reason
+            else judge(
+                name,
+                reference[name],
+                candidate[name],
+                policy,
+                None if noises is None else noises[name],
+                None if dtypes is None else dtypes.get(name),
+            )
+        )
+    found += [OutputComparison(name, False, "not an output of the reference") for name in theirs if name not in names]
+    return tuple(found) or (OutputComparison("", False, "nothing was compared: there are no outputs"),)
+
+
+def all_passed(comparisons: Sequence[OutputComparison]) -> bool:
+    """Every output passed, and there was at least one."""
+    return len(comparisons) > 0 and all(comparison.passed for comparison in comparisons)
+
+
+_KINDS = {"f": "value", "b": "exact", "i": "exact", "u": "exact", "O": "exact", "U": "exact", "S": "exact"}
+
+
+def _kind(dtype: Any) -> str | None:
+    return _KINDS.get(np.dtype(dtype).kind)
+
+
+def _dtype_name(dtype: Any) -> str:
+    dtype = np.dtype(dtype)
+    return "string" if dtype.kind in "OUS" else str(dtype.name)
+
+
+def _pairs(a: Iterable[Any], b: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+    return zip(a, b)  # noqa: B905 - `strict` came with Python 3.10; callers compare the lengths first
+
+
+def _rows(x: Array) -> Array:
+    """One row per sample."""
+    return x.reshape((1, 1) if x.ndim == 0 else (x.shape[0], -1))
+
+
+def _values(x: Array) -> Floats:
+    return np.asarray(_rows(x), dtype=np.float64)
+
+
+def _pattern(x: Floats) -> NDArray[np.int64]:
+    """0 finite, 1 NaN, 2 +inf, 3 -inf."""
+    return np.asarray(np.isnan(x) * 1 + np.isposinf(x) * 2 + np.isneginf(x) * 3)
+
+
+def _norms(x: Floats) -> Floats:
+    """L2 of each row, scaled so that neither 1e200 nor 1e-200 leaves the range."""
+    peak = np.abs(x).max(axis=1, initial=0.0)
+    safe = np.where(peak > 0, peak, 1.0)
+    return np.asarray(peak * np.sqrt(np.square(x / safe[:, None]).sum(axis=1)))
+
+
+def _norm(x: Floats) -> float:
+    return float(_norms(x.reshape(1, -1))[0])
+
+
+def _number(x: Any) -> float | None:
+    """Strict JSON knows no NaN and no infinity."""
+    x = float(x)
+    return x if math.isfinite(x) else None
+
+
+def _decibels(signal: float, error: float) -> float | None:
+    return 20 * (math.log10(signal) - math.log10(error)) if 0 < signal < math.inf and 0 < error < math.inf else None
+
+
+def _quantile(x: Floats, share: float) -> float:
+    """The sample at or below this share of the order, never between two; 0 where there is none."""
+    return float(np.sort(x)[int(share * (x.size - 1))]) if x.size else 0.0
+
+
+def _noise_of(r: Array, o: Array) -> tuple[list[float | None], list[float | None]]:
+    """L2 and largest error of each sample, None where the sample is to be excluded."""
+    if o.shape != r.shape:
+        raise RefusedError(f"the original's output has shape {list(o.shape)}, the reference's {list(r.shape)}")
+    if _kind(r.dtype) is None or _kind(o.dtype) != _kind(r.dtype):
+        raise RefusedError(f"an original of dtype {o.dtype} cannot be measured against a reference of dtype {r.dtype}")
+    if r.size == 0:
+        empty: list[float | None] = [0.0] * (1 if r.ndim == 0 else int(r.shape[0]))
+        return empty, list(empty)
+    if _kind(r.dtype) == "exact":
+        equal = (_rows(_comparable(r)) == _rows(_comparable(o))).all(axis=1)
+        same: list[float | None] = [0.0 if sample else None for sample in equal]
+        return same, list(same)
+    reference, original = _values(r), _values(o)
+    with np.errstate(all="ignore"):
+        agree = (_pattern(reference) == _pattern(original)).all(axis=1)
+        error = np.where(np.isfinite(reference) & np.isfinite(original), original - reference, 0.0)
+        norms, peaks = _norms(error), np.abs(error).max(axis=1)
+        usable = agree & np.isfinite(norms)
+    return (
+        [float(v) if ok else None for v, ok in _pairs(norms, usable)],
+        [float(v) if ok else None for v, ok in _pairs(peaks, usable)],
+    )
+
+
+def _comparable(x: Array) -> Array:
+    """Strings come as objects, as str or as bytes; make them one."""
+    if x.dtype.kind == "S":
+        return np.char.decode(x, "utf-8", "surrogateescape").astype(object)
+    if x.dtype.kind == "O":
+        flat = [v.decode("utf-8", "surrogateescape") if isinstance(v, bytes) else v for v in x.ravel()]
+        texts = np.empty(len(flat), dtype=object)
+        texts[:] = flat
+        return texts.reshape(x.shape)
+    return x.astype(object) if x.dtype.kind == "U" else x
+
+
+def _place(flat: int, r: Array, width: int) -> tuple[int, tuple[int, ...]]:
+    """Sample and index within it of a position in the flattened output."""
+    sample, inner = divmod(flat, width)
+    return sample, tuple(int(i) for i in np.unravel_index(inner, r.shape[1:])) if r.ndim > 1 else ()
+
+
+def _spread(rows: Floats) -> tuple[float | None, bool]:
+    """Standard deviation between samples over the rms, and whether the output hardly varies."""
+    if len(rows) < 2:
+        return None, False
+    finite = rows[:, np.isfinite(rows).all(axis=0)]
+    if finite.size == 0:
+        return None, False
+    peak = float(np.abs(finite).max())
+    if peak == 0:
+        return 0.0, True
+    scaled = finite / peak
+    spread = float(np.sqrt(np.mean(np.square(scaled - scaled.mean(axis=0)))) / np.sqrt(np.mean(np.square(scaled))))
+    return _number(spread), spread < 1e-6
+
+
+def _judge_exact(
+    found: OutputComparison, r: Array, c: Array, policy: Policy | Tolerance, noise: Noise | None
+) -> OutputComparison:
+    reference, candidate = _rows(_comparable(r)), _rows(_comparable(c))
+    judged = np.array([True] * len(reference) if noise is None else [v is not None for v in noise.l2])
+    found = dataclasses.replace(found, yardstick="equality", excluded=int((~judged).sum()), mismatches=0)
+    if not judged.any():
+        return dataclasses.replace(
+            found, reason="nothing left to compare: the original itself differs from the reference in every sample"
+        )
+    wrong = np.asarray(reference != candidate, dtype=bool) & judged[:, None]
+    count = int(wrong.sum())
+    numeric = r.dtype.kind in "biu"
+    spread, insensitive = _spread(_values(r)[judged]) if numeric else (None, False)
+    largest = _number(np.abs(_values(r) - _values(c))[judged].max(initial=0.0)) if numeric else (None if count else 0.0)
+    found = dataclasses.replace(
+        found,
+        passed=count == 0,
+        exact=count == 0,
+        mismatches=count,
+        max_abs=largest,
+        smallest_atol=largest,
+        smallest_rtol=None if count else 0.0,
+        spread=spread,
+        insensitive=insensitive,
+    )
+    if count == 0:
+        return found
+    sample, index = _place(int(np.argmax(wrong)), r, reference.shape[1])
+    flat = np.flatnonzero(wrong)[0]
+    return dataclasses.replace(
+        found,
+        worst_sample=sample,
+        worst_index=index,
+        reason=_one_line(
+            f"{count} of {int(judged.sum()) * reference.shape[1]} values differ (first: sample {sample} "
+            f"{list(index)}: candidate {candidate.flat[flat]!s:.60}, reference {reference.flat[flat]!s:.60})"
+        ),
+    )
+
+
+def _judge_values(
+    found: OutputComparison, output: Array, candidate: Array, policy: Policy | Tolerance, noise: Noise | None
+) -> OutputComparison:
+    r, c = _values(output), _values(candidate)
+    judged = np.array([True] * len(r) if noise is None else [v is not None for v in noise.l2])
+    found = dataclasses.replace(found, excluded=int((~judged).sum()))
+    if not judged.any():
+        return dataclasses.replace(
+            found,
+            reason="nothing left to compare: original and reference disagree about NaN or infinity in every sample",
+        )
+    live = judged[:, None] & np.isfinite(r)
+    if not live.any():
+        return dataclasses.replace(found, reason="nothing left to compare: the reference holds no finite value")
+    drift = (_pattern(r) != _pattern(c)) & judged[:, None]
+    both = live & np.isfinite(c)
+    error, size = np.where(both, np.abs(c - r), 0.0), np.where(live, np.abs(r), 0.0)
+
+    rows = _Rows(error, size, judged, noise, policy)
+    failures, allowed = _tolerance_laws(rows, policy) if isinstance(policy, Tolerance) else _noise_laws(rows, policy)
+    excess = np.where(error > 0, error / np.where(allowed > 0, allowed, np.finfo(np.float64).tiny), 0.0)
+    top1, turned = _top1(r, c, judged, output.ndim)
+    if isinstance(policy, Policy) and turned is not None:
+        failures += _top1_law(r, c, turned, rows, policy)
+    if drift.any():
+        excess = drift * 1.0
+        failures = [f"NaN or infinity at {int(drift.sum())} places where the reference has none, or the reverse"]
+    flat = int(np.argmax(excess))
+    sample, index = _place(flat, output, r.shape[1])
+    total, signal = _norm(error), _norm(size)
+    exact = not drift.any() and not error.any()
+    spread, insensitive = _spread(r[judged])
+    yardstick_error = _norm(rows.noise_l2) if noise is not None else 0.0
+    largest = None if drift.any() else _number(error.max())
+    inner = float(np.sum(np.where(both, _unit(c, both) * _unit(r, both), 0.0)))
+    return dataclasses.replace(
+        found,
+        passed=not failures,
+        reason=_one_line(
+            "; ".join(failures)
+            + f" (worst: sample {sample} {list(index)}: candidate {c.flat[flat]:.9g}, reference {r.flat[flat]:.9g})"
+        )
+        if failures
+        else None,
+        yardstick=rows.yardstick,
+        exact=exact,
+        snr_db=_decibels(signal, total) if not drift.any() else None,
+        reference_snr_db=_decibels(signal, yardstick_error),
+        noise_ratio=_number(total / yardstick_error) if yardstick_error > 0 and not drift.any() else None,
+        max_abs=largest,
+        max_rel=_number(np.max(error[both & (r != 0)] / size[both & (r != 0)])) if (both & (r != 0)).any() else None,
+        cosine=_number(min(1.0, max(-1.0, inner))) if np.any(c[both]) and np.any(r[both]) else None,
+        top1_agreement=top1,
+        smallest_rtol=None if drift.any() else _smallest_rtol(error, size),
+        smallest_atol=largest,
+        worst_sample=None if exact else sample,
+        worst_index=None if exact else index,
+        spread=spread,
+        insensitive=insensitive,
+    )
+
+
+def _unit(x: Floats, mask: NDArray[np.bool_]) -> Floats:
+    """The masked values as one vector of length 1 (or 0), without leaving the range."""
+    x = np.where(mask, x, 0.0)
+    peak = float(np.abs(x).max()) or 1.0
+    x = x / peak
+    return np.asarray(x / (math.sqrt(float(np.square(x).sum())) or 1.0))
+
+
+def _smallest_rtol(error: Floats, size: Floats) -> float | None:
+    """The smallest rtol with which |c − r| ≤ rtol·|r| holds *as evaluated in float64*; None if no rtol does."""
+    wrong = error > 0
+    if not wrong.any():
+        return 0.0
+    if (size[wrong] == 0).any():
+        return None
+    rtol = float((error[wrong] / size[wrong]).max())
+    for _ in range(4):  # the quotient may be rounded down, by one step
+        if math.isfinite(rtol) and (error > rtol * size).any():
+            rtol = float(np.nextafter(rtol, math.inf))
+    return _number(rtol)
+
+
+class _Rows:
+    """Norms per judged sample: error, reference, yardstick and pooled yardstick, in L2 and in the maximum norm."""
+
+    def __init__(
+        self,
+        error: Floats,
+        size: Floats,
+        judged: NDArray[np.bool_],
+        noise: Noise | None,
+        policy: Policy | Tolerance,
+    ) -> None:
+        self.error, self.size, self.judged = error, size, judged
+        self.error_l2, self.error_max = _norms(error), error.max(axis=1)
+        self.size_l2, self.size_max = _norms(size), size.max(axis=1)
+        if noise is not None:
+            self.yardstick = "the original's own error"
+            self.noise_l2, self.noise_max = (
+                np.array([0.0 if v is None else v for v in values]) for values in (noise.l2, noise.max_abs)
+            )
+        else:
+            share = policy.default_noise if isinstance(policy, Policy) else 0.0
+            self.yardstick = f"{share:.3g} of each sample, for want of an original"
+            self.noise_l2, self.noise_max = share * self.size_l2 * judged, share * self.size_max * judged
+        if isinstance(policy, Tolerance):
+            self.yardstick = f"atol {policy.atol:g} + rtol {policy.rtol:g}"
+
+    def pooled(self, norm: str) -> tuple[Floats, Floats]:
+        """max(N(s), q·S(s)) and S(s) of the module docstring."""
+        noise, size = (self.noise_l2, self.size_l2) if norm == "l2" else (self.noise_max, self.size_max)
+        known = self.judged & (size > 0)
+        scale = np.maximum(size, _quantile(size[known], 0.5))
+        return np.maximum(noise, _quantile(noise[known] / scale[known], 0.9) * scale), scale
+
+
+def _noise_laws(rows: _Rows, policy: Policy) -> tuple[list[str], Floats]:
+    """What fails, and what the element law allows each sample, shape [samples, 1]."""
+    failures = []
+    noise, signal, error = _norm(rows.noise_l2), _norm(rows.size_l2), _norm(rows.error_l2)
+    if noise > policy.noise_limit * signal:
+        failures.append(
+            f"the original's own error is {noise:.3g} against a reference of {signal:.3g}: no yardstick, "
+            "so nothing can be proven (is the reference right?)"
+        )
+    whole = policy.factor_whole * noise + policy.floor_l2 * signal
+    if not error <= whole:
+        failures.append(f"whole output: L2 error {error:.3g}, allowed {whole:.3g} (the original's own {noise:.3g})")
+    pool, scale = rows.pooled("l2")
+    sample = policy.factor_sample * pool + policy.floor_l2 * scale
+    bad = ~(rows.error_l2 <= sample) & rows.judged
+    if bad.any():
+        s = int(np.argmax(np.where(bad, rows.error_l2 / np.maximum(sample, np.finfo(np.float64).tiny), 0.0)))
+        failures.append(
+            f"sample {s} ({int(bad.sum())} of {int(rows.judged.sum())} fail): L2 error {rows.error_l2[s]:.3g}, "
+            f"allowed {sample[s]:.3g} (the original's own {rows.noise_l2[s]:.3g})"
+        )
+    pool, scale = rows.pooled("max")
+    element = policy.factor_element * pool + policy.floor_max * scale
+    bad = ~(rows.error_max <= element) & rows.judged
+    if bad.any():
+        s = int(np.argmax(np.where(bad, rows.error_max / np.maximum(element, np.finfo(np.float64).tiny), 0.0)))
+        failures.append(
+            f"worst element: error {rows.error_max[s]:.3g} in sample {s}, allowed {element[s]:.3g} "
+            f"(the original's own {rows.noise_max[s]:.3g})"
+        )
+    return failures, element[:, None]
+
+
+def _tolerance_laws(rows: _Rows, policy: Tolerance) -> tuple[list[str], Floats]:
+    allowed = policy.atol + policy.rtol * rows.size
+    bad = ~(rows.error <= allowed)
+    if not bad.any():
+        return [], allowed
+    return [f"{int(bad.sum())} of {bad.size} values beyond {policy.atol:g} + {policy.rtol:g}·|reference|"], allowed
+
+
+def _top1(r: Floats, c: Floats, judged: NDArray[np.bool_], ndim: int) -> tuple[float | None, Array | None]:
+    """The share of samples whose largest class is (one of) the reference's largest, and which samples turned."""
+    usable = judged & np.isfinite(r).all(axis=1) & np.isfinite(c).all(axis=1)
+    if ndim != 2 or r.shape[1] < 2 or not usable.any():
+        return None, None
+    chosen = np.argmax(np.where(np.isfinite(c), c, -np.inf), axis=1)
+    turned = usable & (r[np.arange(len(r)), chosen] < np.where(usable[:, None], r, -np.inf).max(axis=1))
+    return float(1 - turned.sum() / usable.sum()), turned
+
+
+def _top1_law(r: Floats, c: Floats, turned: Array, rows: _Rows, policy: Policy) -> list[str]:
+    pool, scale = rows.pooled("max")
+    excused = 2 * (policy.factor_top1 * pool + policy.floor_max * scale)
+    if not turned.any():
+        return []
+    chosen = np.argmax(np.where(turned[:, None], c, 0.0), axis=1)
+    margin = np.where(turned, r.max(axis=1) - r[np.arange(len(r)), chosen], 0.0)
+    bad = turned & ~(margin <= excused)
+    if not bad.any():
+        return []
+    s = int(np.argmax(np.where(bad, margin - excused, -np.inf)))
+    return [
+        f"top-1 changed in {int(bad.sum())} samples; in sample {s} from class {int(np.argmax(r[s]))} to "
+        f"{int(chosen[s])}, a margin of {margin[s]:.3g} where rounding explains {excused[s]:.3g}"
+    ]
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Timing
+# --------------------------------------------------------------------------------------------------------------
+
+# A percentile needs this many samples, about ten... or one beyond it, to be more than a guess.
+PERCENTILES = {"median": (50.0, 1), "p90": (90.0, 10), "p99": (99.0, 100), "p99_9": (99.9, 1000)}
+CONFIDENCE = 0.95
+
+
+def summarize(samples: Sequence[float]) -> dict[str, float | None]:
+    """Median, p90, p99, p99_9 and min of the samples, in their own unit; None where there are too few.
+
+    Percentiles interpolate linearly (numpy's default). Samples must be positive and finite.
+    """
+    values = _durations(samples)
+    found: dict[str, float | None] = {
+        name: float(np.percentile(values, percent)) if values.size >= needed else None
+        for name, (percent, needed) in PERCENTILES.items()
+    }
+    return {**found, "min": float(values.min())}
+
+
+def log_ratios(rounds_a: Sequence[Sequence[float]], rounds_b: Sequence[Sequence[float]]) -> Floats:
+    """log(median a / median b) of each round; round i of a was measured next to round i of b."""
+    if len(rounds_a) != len(rounds_b):
+        raise RefusedError(f"a has {len(rounds_a)} rounds, b has {len(rounds_b)}; measure both in every round")
+    return np.array(
+        [math.log(np.median(_durations(a)) / np.median(_durations(b))) for a, b in _pairs(rounds_a, rounds_b)]
+    )
+
+
+def median_interval(values: Sequence[float] | Floats, confidence: float = CONFIDENCE) -> tuple[float, float] | None:
+    """The order statistics x₍k₎, x₍n+1−k₎ that hold the median with at least this confidence; None if n is too small.
+
+    P(x₍k₎ ≤ median ≤ x₍n+1−k₎) ≥ 1 − 2·P(Bin(n, 1/2) < k), for any distribution. 95 % needs six values.
+    """
+    ordered = sorted(float(value) for value in values)
+    n = len(ordered)
+    k, outside = 0, 0.0
+    while True:  # the largest k that keeps the promise; comb(n, n // 2) / 2**n bounds the loop at n / 2
+        outside += 2 * math.comb(n, k) / 2**n
+        if outside > 1 - confidence:
+            break
+        k += 1
+    return (ordered[k - 1], ordered[n - k]) if k else None
+
+
+def _durations(samples: Sequence[float]) -> Floats:
+    values = np.asarray(samples, dtype=np.float64)
+    if values.ndim != 1 or values.size == 0 or not np.all(np.isfinite(values)) or not np.all(values > 0):
+        raise RefusedError("timings must be a list of positive, finite numbers, at least one; measure again")
+    return values
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Manifest
+# --------------------------------------------------------------------------------------------------------------
+
+
+def seal(manifest: Mapping[str, Any]) -> bytes:
+    """The manifest's bytes: canonical JSON with ``seal``, the SHA-256 of those bytes while ``seal`` is empty."""
+    digest = hashlib.sha256(_canonical({**manifest, "seal": ""})).hexdigest()
+    return _canonical({**manifest, "seal": digest})
+
+
+def unseal(data: bytes) -> dict[str, Any]:
+    """The manifest, if the bytes are exactly what ``seal`` writes. Any changed byte is refused."""
+    try:
+        manifest = json.loads(data.decode("ascii"))
+    except (ValueError, RecursionError) as error:
+        raise RefusedError(f"{MANIFEST} is not readable JSON ({error}); fetch the bundle again") from None
+    try:
+        sound = isinstance(manifest, dict) and isinstance(manifest.get("seal"), str) and seal(manifest) == data
+    except (RefusedError, RecursionError):
+        sound = False
+    if not sound:
+        raise RefusedError(f"{MANIFEST} was changed after it was sealed; fetch the bundle again")
+    return dict(manifest)
+
+
+def _canonical(manifest: Mapping[str, Any]) -> bytes:
+    try:
+        return (json.dumps(manifest, sort_keys=True, indent=2, allow_nan=False) + "\n").encode("ascii")
+    except (TypeError, ValueError) as error:
+        raise RefusedError(f"the manifest is not strict JSON: {error}") from None
+
+
+SIGNATURE_DTYPES = {
+    "string": np.dtype(object),
+    **{name: np.dtype(name) for name in ("bool", "float16", "float32", "float64")},
+    **{f"{sign}int{bits}": np.dtype(f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)},
+}
+
+
+@dataclass(frozen=True)
+class Golden:
+    """One golden data set: what goes in, what must come out, and by what yardstick."""
+
+    folder: str
+    inputs: dict[str, Any]
+    outputs: dict[str, Any]
+    noises: dict[str, Noise] | None
+    reference: str
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle whose every file has the hash that its sealed manifest states."""
+
+    folder: str
+    manifest: dict[str, Any]
+    model: str
+    inputs: list[dict[str, Any]]
+    outputs: list[dict[str, Any]]
+    policy: Policy | Tolerance
+    notices: tuple[str, ...]
+
+    def golden(self) -> list[Golden]:
+        return [
+            _read_golden(self, record, where)
+            for where, record in enumerate(_field(self.manifest, "golden", list, MANIFEST))
+        ]
+
+
+def open_bundle(folder: str | os.PathLike[str]) -> Bundle:
+    """Check the seal and every hash before anything in the bundle is used."""
+    folder = os.fspath(folder)
+    try:
+        with open(os.path.join(folder, MANIFEST), "rb") as stream:
+            manifest = unseal(stream.read())
+    except OSError as error:
+        raise RefusedError(f"no readable {MANIFEST} in {folder} ({error.strerror}); give a bundle folder") from None
+    if manifest.get("schema") != BUNDLE_SCHEMA:
+        raise RefusedError(f"{MANIFEST} has schema {manifest.get('schema')!r}, this verify.py reads {BUNDLE_SCHEMA!r}")
+    files = _field(manifest, "files", dict, MANIFEST)
+    for name in sorted(files):
+        _check_file(folder, name, files[name])
+    model = _field(manifest, "model", str, MANIFEST)
+    for name in (model, "verify.py"):
+        if name not in files:
+            raise RefusedError(f"{name} is not among the files of {MANIFEST}; write the bundle again")
+    strangers = sorted(_strangers(folder, files))
+    for name in strangers:
+        if name.startswith(model + "."):  # external weights that no hash covers
+            raise RefusedError(f"{name} is not among the files of {MANIFEST}; remove it or write the bundle again")
+    signature = _field(manifest, "signature", dict, MANIFEST)
+    return Bundle(
+        folder,
+        manifest,
+        model,
+        _specs(signature, "inputs"),
+        _specs(signature, "outputs"),
+        _policy(manifest.get("policy")),
+        (f"not covered by the manifest: {', '.join(strangers[:5])}",) if strangers else (),
+    )
+
+
+def _field(record: object, key: str, kind: type, where: str) -> Any:
+    value = record.get(key) if isinstance(record, dict) else None
+    if not isinstance(value, kind):
+        raise RefusedError(f"{where} lacks {key!r} (a {kind.__name__}); write the bundle again")
+    return value
+
+
+def _specs(signature: object, side: str) -> list[dict[str, Any]]:
+    specs = _field(signature, side, list, "signature")
+    for spec in specs:
+        _field(spec, "name", str, f"signature.{side}")
+        _field(spec, "dtype", str, f"signature.{side}")
+        shape = _field(spec, "shape", list, f"signature.{side}")
+        if not all(size is None or (isinstance(size, int) and size >= 0) for size in shape):
+            raise RefusedError(f"signature.{side}: {shape!r} is no shape; write the bundle again")
+        if spec["dtype"] not in SIGNATURE_DTYPES:
+            raise RefusedError(f"signature.{side}: unknown dtype {spec['dtype']!r}; write the bundle again")
+    names = [spec["name"] for spec in specs]
+    if len(set(names)) != len(names):
+        raise RefusedError(f"signature.{side} names one tensor twice; write the bundle again")
+    return list(specs)
+
+
+def _policy(record: object) -> Policy | Tolerance:
+    if isinstance(record, str) and record in POLICIES:
+        return POLICIES[record]
+    if isinstance(record, dict) and record and set(record) <= {"rtol", "atol"}:
+        return Tolerance(**{key: 0.0 if value is None else value for key, value in record.items()})
+    raise RefusedError(f"unknown policy {record!r}; this verify.py knows {', '.join(POLICIES)} and rtol/atol")
+
+
+def _inside(folder: str, name: object) -> str:
+    """The path of a bundle's file; names that lead out of the bundle are refused."""
+    plain = isinstance(name, str) and name and not any(sign in name for sign in "\\:\0")
+    if not plain or any(part in ("", ".", "..") for part in str(name).split("/")):
+        raise RefusedError(f"{MANIFEST} names {name!r}, which is no path inside the bundle; fetch the bundle again")
+    path, root = os.path.realpath(os.path.join(folder, str(name))), os.path.realpath(folder)
+    if os.path.commonpath([path, root]) != root:
+        raise RefusedError(f"{name} is a link that leads out of the bundle; fetch the bundle again")
+    return path
+
+
+def _check_file(folder: str, name: str, record: object) -> None:
+    path = _inside(folder, name)
+    digest, size = _field(record, "sha256", str, f"files[{name!r}]"), _field(record, "bytes", int, f"files[{name!r}]")
+    found, count = hashlib.sha256(), 0
+    try:
+        with open(path, "rb") as stream:
+            for piece in iter(lambda: stream.read(1 << 20), b""):
+                found.update(piece)
+                count += len(piece)
+    except OSError as error:
+        raise RefusedError(f"{name} cannot be read ({error.strerror}); fetch the bundle again") from None
+    if count != size or found.hexdigest() != digest:
+        raise RefusedError(f"{name} was changed after the bundle was sealed; fetch the bundle again")
+
+
+def _strangers(folder: str, files: Mapping[str, Any]) -> Iterator[str]:
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name != "__pycache__"]
+        for name in names:
+            relative = os.path.relpath(os.path.join(place, name), folder).replace(os.sep, "/")
+            if relative not in files and relative != MANIFEST:
+                yield relative
+
+
+def _read_golden(bundle: Bundle, record: object, position: int) -> Golden:
+    where = f"golden[{position}]"
+    folder = _field(record, "folder", str, where)
+    reference = _field(record, "reference", str, where)
+    if reference not in ("float64", "float32"):
+        raise RefusedError(f"{where}: reference {reference!r} is neither float64 nor float32; write the bundle again")
+    sides = []
+    for side, specs in (("inputs", bundle.inputs), ("outputs", bundle.outputs)):
+        names = _field(record, side, list, where)
+        if len(names) != len(specs):
+            raise RefusedError(f"{where} has {len(names)} {side}, the signature {len(specs)}; write the bundle again")
+        tensors = {}
+        for name, spec in _pairs(names, specs):
+            path = f"{folder}/{name}"
+            if path not in bundle.manifest["files"]:
+                raise RefusedError(f"{path} is not among the files of {MANIFEST}; write the bundle again")
+            with open(_inside(bundle.folder, path), "rb") as stream:
+                try:
+                    stored, tensors[spec["name"]] = read_tensor(stream.read())
+                except RefusedError as error:
+                    raise RefusedError(f"{path}: {error}") from None
+            if stored and stored != spec["name"]:
+                raise RefusedError(
+                    f"{path} holds {stored!r}, the signature says {spec['name']!r}; write the bundle again"
+                )
+        sides.append(tensors)
+    noises = None
+    if reference == "float64":
+        records = _field(record, "noise", dict, where)
+        noises = {spec["name"]: Noise.from_json(records.get(spec["name"])) for spec in bundle.outputs}
+    return Golden(folder, sides[0], sides[1], noises, reference)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# ONNX TensorProto: the five fields that golden data needs
+# --------------------------------------------------------------------------------------------------------------
+
+# TensorProto.DataType (onnx.proto) -> numpy, little-endian as in the file.
+TENSOR_DTYPES = {
+    1: "<f4", 2: "|u1", 3: "|i1", 4: "<u2", 5: "<i2", 6: "<i4", 7: "<i8", 9: "|b1", 10: "<f2", 11: "<f8", 12: "<u4",
+    13: "<u8",
+}  # fmt: skip
+
+
+def read_tensor(data: bytes) -> tuple[str, Array]:
+    """Name and value of a serialized ONNX TensorProto with raw data; everything else is refused in one line."""
+    dims: list[int] = []
+    code, name, raw = 0, "", b""
+    for field, value in _fields(data):
+        if field == 1 and isinstance(value, int):
+            dims.append(value)
+        elif field == 1 and isinstance(value, bytes):  # packed
+            at = 0
+            while at < len(value):
+                size, at = _varint(value, at)
+                dims.append(size)
+        elif field == 2 and isinstance(value, int):
+            code = value
+        elif field == 8 and isinstance(value, bytes):
+            name = value.decode("utf-8", "replace")
+        elif field == 9 and isinstance(value, bytes):
+            raw = value
+        elif field in (1, 2, 8, 9):
+            raise RefusedError(f"damaged tensor: field {field} has the wrong type")
+        elif field in (3, 4, 5, 6, 7, 10, 11, 13, 14):
+            raise RefusedError("only tensors with raw data in one piece can be read; write them with onnx.numpy_helper")
+    if code not in TENSOR_DTYPES:
+        raise RefusedError(f"tensors of ONNX type {code} cannot be read; golden data must be float, integer or bool")
+    dtype = np.dtype(TENSOR_DTYPES[code])
+    if any(size >= 1 << 63 for size in dims) or math.prod(dims) * dtype.itemsize != len(raw):
+        raise RefusedError(f"damaged tensor: {len(raw)} bytes do not fill shape {dims} of {dtype.name}")
+    if len(dims) > 32:
+        raise RefusedError(f"damaged tensor: {len(dims)} axes")
+    if dtype.kind == "b" and raw.strip(b"\0\1"):
+        raise RefusedError("damaged tensor: a bool that is neither 0 nor 1")
+    return name, np.frombuffer(raw, dtype=dtype).reshape(dims).astype(dtype.newbyteorder("="))
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """Field numbers and raw values of a protobuf message (wire types 0, 1, 2 and 5)."""
+    at = 0
+    while at < len(data):
+        key, at = _varint(data, at)
+        field, wire = key >> 3, key & 7
+        if wire == 0:
+            value: int | bytes
+            value, at = _varint(data, at)
+        elif wire in (1, 2, 5):
+            size = 8 if wire == 1 else 4
+            if wire == 2:
+                size, at = _varint(data, at)
+            if size > len(data) - at:
+                raise RefusedError("damaged tensor: it ends too early")
+            value, at = data[at : at + size], at + size
+        else:
+            raise RefusedError(f"damaged tensor: unknown wire type {wire}")
+        if field == 0:
+            raise RefusedError("damaged tensor: field number 0")
+        yield field, value
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 70, 7):
+        if at >= len(data):
+            raise RefusedError("damaged tensor: it ends too early")
+        value |= (data[at] & 127) << shift
+        at += 1
+        if data[at - 1] < 128:
+            return value & (2**64 - 1), at
+    raise RefusedError("damaged tensor: a number longer than 64 bits")
+
+
+# --------------------------------------------------------------------------------------------------------------
+# ONNX Runtime
+# --------------------------------------------------------------------------------------------------------------
+
+# Short names; every full name that this onnxruntime offers is understood too. TensorFloat-32 keeps 10 bits of the
+# 23 and is CUDA's default: a float32 proof asks for float32.
+PROVIDERS: dict[str, tuple[str, dict[str, str]]] = {
+    "cpu": ("CPUExecutionProvider", {}),
+    "cuda": ("CUDAExecutionProvider", {"use_tf32": "0"}),
+    "tensorrt": ("TensorrtExecutionProvider", {}),
+    "openvino": ("OpenVINOExecutionProvider", {}),
+    "dnnl": ("DnnlExecutionProvider", {}),
+    "directml": ("DmlExecutionProvider", {}),
+    "coreml": ("CoreMLExecutionProvider", {}),
+    "rocm": ("ROCMExecutionProvider", {}),
+    "migraphx": ("MIGraphXExecutionProvider", {}),
+    "qnn": ("QNNExecutionProvider", {}),
+    "xnnpack": ("XnnpackExecutionProvider", {}),
+}
+
+
+class Session:
+    """The bundle's model in ONNX Runtime, on exactly the provider that was asked for."""
+
+    def __init__(self, bundle: Bundle, provider: str | None, threads: int | None) -> None:
+        try:
+            import onnxruntime
+        except Exception as error:  # a broken native library raises more than ImportError
+            raise RefusedError(f"onnxruntime cannot be imported ({error}); run: pip install onnxruntime") from None
+        if threads is not None and threads < 1:
+            raise RefusedError(f"threads is {threads}; give a number from 1 on")
+        self.bundle, self.threads, self.version = bundle, threads, str(onnxruntime.__version__)
+        self.provider, self.options = _provider(provider, onnxruntime.get_available_providers())
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")  # ignored by old versions
+        if threads is not None:
+            options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+        wanted: list[Any] = [(self.provider, self.options)]
+        if self.provider != "CPUExecutionProvider":
+            wanted.append("CPUExecutionProvider")
+        try:
+            self.session = onnxruntime.InferenceSession(
+                os.path.join(bundle.folder, bundle.model), options, providers=wanted, enable_fallback=0
+            )
+        except Exception as error:  # onnxruntime's exceptions share no base class
+            oldest = bundle.manifest.get("oldest_onnxruntime")
+            remedy = f"; it needs onnxruntime {oldest} or later" if oldest else ""
+            raise RefusedError(f"onnxruntime {self.version} cannot load {bundle.model}{remedy}: {error}") from None
+        self.nodes = self._nodes()
+        if self.session.get_providers()[:1] != [self.provider] or (self.nodes and self.provider not in self.nodes):
+            raise RefusedError(
+                f"{self.provider} was asked for, but the model would run on CPUExecutionProvider; "
+                "install what the provider needs, or choose another --provider"
+            )
+        names = [value.name for value in self.session.get_inputs()]
+        stated = [spec["name"] for spec in bundle.inputs]
+        if names != stated:
+            raise RefusedError(f"{bundle.model} has inputs {names}, the signature {stated}; write the bundle again")
+        self.outputs = [value.name for value in self.session.get_outputs()]
+
+    def _nodes(self) -> dict[str, int] | None:
+        """How many nodes of the optimized graph each provider took; None in versions that do not tell."""
+        ask: Callable[[], Any] | None = getattr(self.session, "get_provider_graph_assignment_info", None)
+        if ask is None:
+            return None
+        taken: dict[str, int] = {}
+        for part in ask():
+            taken[str(part.ep_name)] = taken.get(str(part.ep_name), 0) + len(part.get_nodes())
+        return taken
+
+    def notices(self) -> list[str]:
+        """What the reader must know about where the model ran."""
+        if self.provider == "CPUExecutionProvider":
+            return []
+        if self.nodes is None:
+            return [f"onnxruntime {self.version} does not tell which nodes {self.provider} took"]
+        elsewhere = sum(self.nodes.values()) - self.nodes.get(self.provider, 0)
+        return [f"{elsewhere} of {sum(self.nodes.values())} nodes run on another provider"] if elsewhere else []
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        return dict(_pairs(self.outputs, [np.asarray(value) for value in self.session.run(None, dict(inputs))]))
+
+    def environment(self) -> dict[str, Any]:
+        return {
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "cpu": cpu_name(),
+            "cores": os.cpu_count(),
+            "packages": {"numpy": str(np.__version__), "onnxruntime": self.version},
+            "provider": self.provider,
+            "provider_options": self.options,
+            "provider_nodes": self.nodes,
+            "threads": self.threads,
+        }
+
+
+def _provider(wanted: str | None, available: Sequence[str]) -> tuple[str, dict[str, str]]:
+    known = {**{name.lower(): (name, {}) for name in available}, **PROVIDERS}
+    known.update({name.lower(): (name, options) for name, options in PROVIDERS.values()})
+    name, options = known.get((wanted or "cpu").lower(), (wanted, {}))
+    if name not in available:
+        raise RefusedError(f"provider {wanted!r} is not in this onnxruntime; it has {', '.join(available)}")
+    return str(name), dict(options)
+
+
+def cpu_name() -> str:
+    """The processor's own name, as far as the system tells."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as stream:
+        for line in stream:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def measure(run: Callable[[], object], seconds: float) -> list[float]:
+    """Durations of single runs, in seconds, after a warm-up of a fifth of the time; at least three."""
+    begin = time.perf_counter()
+    warm = 0
+    while warm < 2 or time.perf_counter() - begin < seconds / 5:
+        run()
+        warm += 1
+    samples: list[float] = []
+    begin = time.perf_counter()
+    while len(samples) < 3 or time.perf_counter() - begin < seconds * 4 / 5:
+        before = time.perf_counter()
+        run()
+        samples.append(time.perf_counter() - before)
+    return samples
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Verify
+# --------------------------------------------------------------------------------------------------------------
+
+
+def verify_bundle(
+    folder: str | os.PathLike[str], provider: str | None = None, threads: int | None = None, seconds: float = 2.0
+) -> dict[str, Any]:
+    """Check the hashes, compare the model with its golden data on this machine, and time it for about ``seconds``.
+
+    Returns the ``deploykit.verify/1`` report, strict JSON; ``seconds`` 0 leaves the timing out. Raises RefusedError for
+    a damaged bundle, an unusable provider or a missing onnxruntime.
+    """
+    begin = time.perf_counter()
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 <= seconds < math.inf:
+        raise RefusedError(f"seconds is {seconds!r}; give a finite number that is not negative")
+    bundle = open_bundle(folder)
+    golden = bundle.golden()
+    session = Session(bundle, provider, threads)
+    report = _prove(session, golden)
+    compared = time.perf_counter()
+    report["latency_ms"] = _latencies(session, golden, seconds) if seconds > 0 and report["passed"] else []
+    report["seconds"] = {"compare": compared - begin, "time": time.perf_counter() - compared}
+    return report
+
+
+def _prove(session: Session, golden: Sequence[Golden]) -> dict[str, Any]:
+    bundle = session.bundle
+    comparisons: list[dict[str, Any]] = []
+    judged: list[OutputComparison] = []
+    dtypes = {spec["name"]: SIGNATURE_DTYPES[spec["dtype"]] for spec in bundle.outputs}
+    for data in golden:
+        reason: str | None = None
+        outputs: tuple[OutputComparison, ...] = ()
+        try:
+            answers = session.run(data.inputs)
+        except Exception as error:  # onnxruntime's exceptions share no base class
+            reason = _one_line(f"the model does not run on its golden data: {error}")
+        else:
+            outputs = judge_outputs(data.outputs, answers, bundle.policy, data.noises, dtypes)
+        judged += outputs
+        comparisons.append(
+            {
+                "candidate": bundle.model,
+                "runtime": f"onnxruntime {session.provider}",
+                "data": data.folder,
+                "reference": data.reference,
+                "samples": max((output.samples for output in outputs), default=0),
+                "passed": all_passed(outputs),
+                "reason": reason,
+                "outputs": [output.to_json() for output in outputs],
+            }
+        )
+    passed = bool(comparisons) and all(bool(comparison["passed"]) for comparison in comparisons)
+    rounded = any(data.reference != "float64" for data in golden)
+    if not comparisons:
+        reason = "nothing was compared: the bundle holds no golden data"
+    elif not passed:
+        reason = "the model's answers are not equivalent to the reference"
+    elif rounded:
+        reason = "the reference is the float32 graph itself, so agreement is no proof"
+    else:
+        reason = None
+    notices = [*bundle.notices, *session.notices()]
+    for output in judged:
+        if output.insensitive:
+            notices.append(f"output {output.name} hardly varies between samples: no evidence")
+        if output.excluded:
+            notices.append(f"output {output.name}: {output.excluded} samples excluded from judgement")
+    return {
+        "schema": SCHEMA,
+        "deploykit": bundle.manifest.get("deploykit"),
+        "model": bundle.model,
+        "passed": passed,
+        "proven": passed and not rounded,
+        "reason": reason,
+        "reference": "float32" if rounded else "float64",
+        "comparisons": comparisons,
+        "latency_ms": [],
+        "environment": session.environment(),
+        "outputs_written": [],
+        "notices": notices,
+    }
+
+
+def _latencies(session: Session, golden: Sequence[Golden], seconds: float) -> list[dict[str, Any]]:
+    """Latency of the golden batch and, where the batch size is free, of its first sample alone."""
+    inputs = golden[0].inputs
+    batch = next((int(value.shape[0]) for value in inputs.values() if value.ndim), 1)
+    feeds = {batch: inputs}
+    if batch > 1 and all(spec["shape"][:1] == [None] for spec in session.bundle.inputs):
+        feeds = {1: {name: np.ascontiguousarray(value[:1]) for name, value in inputs.items()}, batch: inputs}
+    found = []
+    for size, feed in feeds.items():
+        durations = measure(lambda feed=feed: session.run(feed), seconds / len(feeds))  # type: ignore[misc]
+        summary = {key: None if v is None else v * 1e3 for key, v in summarize(durations).items()}
+        found.append({"batch": size, **summary, "runs": len(durations)})
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Predict
+# --------------------------------------------------------------------------------------------------------------
+
+
+def read_inputs(bundle: Bundle, path: str) -> tuple[dict[str, Array], list[str]]:
+    """The user's data as the model wants it, and notices. ``.npy`` for one input, ``.npz`` keyed by input names.
+
+    Numbers are converted where nothing but rounding is lost (float64 and integers to float32, integers that fit).
+    """
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        arrays = (
+            {name: loaded[name] for name in loaded.files} if isinstance(loaded, np.lib.npyio.NpzFile) else {"": loaded}
+        )
+    except Exception as error:  # numpy and zipfile raise a dozen kinds for a damaged file
+        raise RefusedError(f"{path} cannot be read as .npy or .npz without pickles: {error}") from None
+    names = [spec["name"] for spec in bundle.inputs]
+    if list(arrays) == [""] and len(names) == 1:
+        arrays = {names[0]: arrays[""]}
+    if set(arrays) != set(names):
+        raise RefusedError(f"{path} must be an .npz with exactly the arrays {', '.join(names)}")
+    notices: list[str] = []
+    inputs = {spec["name"]: _fitted(spec, arrays[spec["name"]], notices) for spec in bundle.inputs}
+    return inputs, notices
+
+
+def _fitted(spec: Mapping[str, Any], array: Array, notices: list[str]) -> Array:
+    name, shape, wanted = spec["name"], spec["shape"], SIGNATURE_DTYPES[spec["dtype"]]
+    fits = len(shape) == array.ndim and all(a is None or a == b for a, b in _pairs(shape, array.shape))
+    if not fits or array.size == 0:
+        sizes = ", ".join("any" if size is None else str(size) for size in shape)
+        raise RefusedError(f"input {name} has shape {list(array.shape)}; the model wants [{sizes}], samples first")
+    if array.dtype != wanted:
+        with np.errstate(all="ignore"):
+            cast = array.astype(wanted) if array.dtype.kind in "biuf" and wanted.kind in "iuf" else None
+            lossless = cast is not None and (
+                np.array_equal(np.isfinite(cast), np.isfinite(array))
+                if wanted.kind == "f"
+                else array.dtype.kind in "biu" and np.array_equal(cast, array)
+            )
+        if not lossless or cast is None:
+            raise RefusedError(f"input {name} holds {array.dtype} that {wanted.name} cannot hold; convert it first")
+        array = cast
+    low, high = spec.get("low"), spec.get("high")
+    if array.dtype.kind in "iuf" and (
+        (low is not None and float(array.min()) < low) or (high is not None and float(array.max()) > high)
+    ):
+        notices.append(
+            f"input {name} holds values from {array.min():g} to {array.max():g}; the model expects {low} to {high}"
+        )
+    return np.ascontiguousarray(array)
+
+
+def _summary_lines(outputs: Mapping[str, Array], classes: object, limit: int = 10) -> Iterator[str]:
+    for name, value in outputs.items():
+        yield f"{name}  {_dtype_name(value.dtype)} {list(value.shape)}"
+        if value.ndim != 2 or value.shape[1] < 2 or value.dtype.kind != "f":
+            continue
+        named = isinstance(classes, list) and len(classes) == value.shape[1]
+        for sample, row in enumerate(value[:limit]):
+            top = int(np.argmax(row))
+            label = f" {classes[top]}" if named else ""  # type: ignore[index]
+            yield f"  sample {sample}: class {top}{label} ({float(row[top]):.4g})"
+        if len(value) > limit:
+            yield f"  ... and {len(value) - limit} more samples"
+
+
+def _archive(outputs: Mapping[str, Array]) -> bytes:
+    """An .npz that takes any output name (np.savez stumbles over one called "file") and has no timestamps."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        for name, value in outputs.items():
+            plain = np.asarray(value, dtype=str) if value.dtype.kind == "O" else value
+            piece = io.BytesIO()
+            np.lib.format.write_array(piece, np.ascontiguousarray(plain).reshape(plain.shape), allow_pickle=False)
+            archive.writestr(zipfile.ZipInfo(name + ".npy"), piece.getvalue())
+    return stream.getvalue()
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Command line
+# --------------------------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise RefusedError(f"{message}; see --help")
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="verify.py",
+        description="Prove this bundle on this machine: hashes, golden data, latency.",
+        epilog="exit codes: 0 equivalent, 1 not equivalent, 2 bad usage, changed file or missing component",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--provider", metavar="NAME", help="cpu (default), cuda, tensorrt, ... or onnxruntime's name")
+    parser.add_argument("--threads", metavar="N", type=int, help="threads of one run (default: onnxruntime decides)")
+    parser.add_argument("--seconds", metavar="S", type=float, default=2.0, help="time to measure (default 2; 0: none)")
+    parser.add_argument("--json", metavar="PATH|-", help="write the machine report; with - to stdout, and only it")
+    parser.add_argument(
+        "--predict", metavar="FILE", help=".npy, or .npz keyed by input names: run on this, once proven"
+    )
+    parser.add_argument("--output", metavar="FILE.npz", help="where --predict writes the outputs")
+    parser.add_argument("--force", action="store_true", help="replace existing files")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None, folder: str | None = None) -> int:
+    """The command line; returns the exit code. ``folder`` is the bundle, by default where this file lies."""
+    try:
+        return _main(_parser().parse_args(argv), folder or os.path.dirname(os.path.abspath(__file__)))
+    except RefusedError as error:
+        message, code = f"error: {error}", 2
+    except BrokenPipeError:  # the reader of our output left
+        with contextlib.suppress(Exception):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 2
+    except KeyboardInterrupt:
+        message, code = "interrupted", 130
+    except Exception as error:
+        message, code = f"error: internal: {type(error).__name__}: {_one_line(error)}; please report it", 70
+    sys.stderr.write(message + "\n")
+    return code
+
+
+def _main(options: argparse.Namespace, folder: str) -> int:
+    bundle = open_bundle(folder)
+    targets = [path for path in (options.json, options.output) if path not in (None, "-")]
+    for path in targets:
+        _claim(path, bundle, options.force)
+    if options.output and not options.predict:
+        raise RefusedError("--output needs --predict FILE; see --help")
+    predicted: dict[str, Array] = {}
+    if options.predict:
+        inputs, notices = read_inputs(bundle, options.predict)
+        session = Session(bundle, options.provider, options.threads)
+        report = _prove(session, bundle.golden())
+        report["seconds"] = {}
+        report["notices"] += notices
+        if report["passed"]:
+            try:
+                predicted = session.run(inputs)
+            except Exception as error:  # onnxruntime's exceptions share no base class
+                raise RefusedError(f"the model does not run on {options.predict}: {error}") from None
+        if options.output and predicted:
+            _write(options.output, _archive(predicted))
+            report["outputs_written"].append(options.output)
+    else:
+        report = verify_bundle(folder, options.provider, options.threads, options.seconds)
+    if options.json:
+        text = json.dumps(report, indent=2, allow_nan=False) + "\n"
+        if options.json == "-":
+            sys.stdout.write(text)
+        else:
+            _write(options.json, text.encode("ascii"))
+    if options.json != "-":
+        lines = [*_table(report), *_summary_lines(predicted, bundle.manifest.get("class_names"))]
+        _print("\n".join(lines) + "\n")
+    sys.stdout.flush()
+    return 0 if report["passed"] else 1
+
+
+def _print(text: str) -> None:
+    """Write text that a narrow terminal encoding may not be able to show."""
+    encoding = getattr(sys.stdout, "encoding", None) or "ascii"
+    sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
+
+
+def _table(report: Mapping[str, Any]) -> Iterator[str]:
+    def number(value: float | None, form: str, missing: str = "-") -> str:
+        return missing if value is None else format(value, form)
+
+    rows = [("output", "samples", "SNR dB", "original dB", "max abs", "verdict")]
+    for comparison in report["comparisons"]:
+        for output in comparison["outputs"]:
+            rows.append(
+                (
+                    str(output["name"]),
+                    str(output["samples"] - output["excluded"]),
+                    number(output["snr_db"], ".1f", "exact" if output["exact"] else "-"),
+                    number(output["reference_snr_db"], ".1f"),
+                    number(output["max_abs"], ".3g"),
+                    "pass" if output["passed"] else "FAIL",
+                )
+            )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        yield "  ".join(text.ljust(width) for text, width in _pairs(row, widths)).rstrip()
+    for comparison in report["comparisons"]:
+        if comparison["reason"]:
+            yield f"FAIL {comparison['data']}: {comparison['reason']}"
+        for output in comparison["outputs"]:
+            if output["reason"]:
+                yield f"FAIL {comparison['data']} {output['name']}: {output['reason']}"
+    for notice in report["notices"]:
+        yield f"notice: {notice}"
+    for timing in report["latency_ms"]:
+        marks = ", ".join(f"{key} {number(timing[key], '.3f')}" for key in ("median", "p90", "p99"))
+        yield f"latency, batch {timing['batch']}: {marks} ms ({timing['runs']} runs)"
+    about = report["environment"]
+    threads = "default" if about["threads"] is None else about["threads"]
+    yield f"onnxruntime {about['packages']['onnxruntime']}, {about['provider']}, threads {threads}, {about['cpu']}"
+    verdict = "PROVEN" if report["proven"] else "EQUIVALENT, NOT PROVEN" if report["passed"] else "NOT EQUIVALENT"
+    yield verdict + (f": {report['reason']}" if report["reason"] else "")
+
+
+def _claim(path: str, bundle: Bundle, force: bool) -> None:
+    """Refuse, before any work, a target that exists or belongs to the bundle."""
+    target = os.path.realpath(path)
+    own = [_inside(bundle.folder, name) for name in bundle.manifest["files"]]
+    if target in [*own, os.path.realpath(os.path.join(bundle.folder, MANIFEST))]:
+        raise RefusedError(f"{path} belongs to the bundle; choose another place")
+    if os.path.isdir(target) or not os.path.isdir(os.path.dirname(target)):
+        raise RefusedError(f"{path} cannot be written: no such folder, or a folder itself; choose another place")
+    if os.path.exists(target) and not force:
+        raise RefusedError(f"{path} exists already; choose another place, or --force to replace it")
+
+
+def _write(path: str, data: bytes) -> None:
+    """Write a file whole or not at all."""
+    temporary = None
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=".verify-", dir=os.path.dirname(os.path.abspath(path)))
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(data)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+        temporary = None
+    except OSError as error:
+        raise RefusedError(f"cannot write {path}: {error.strerror}; free some space or choose another place") from None
+    finally:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(Exception):  # the native library may talk on stderr, which belongs to `error: ...`
+        import onnxruntime
+
+        onnxruntime.set_default_logger_severity(4)
+    sys.exit(main())

@@ -1,0 +1,535 @@
+"""The laws of "equivalent", both ways: every correct float32 evaluation passes, every corrupted one fails."""
+
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deploykit import verify
+from deploykit.compare import Noise, Tolerance, all_passed, compare, compare_outputs, noise_between, policy_from
+from deploykit.errors import DataError, InputError
+
+F32 = policy_from()
+EPS = verify.EPS32
+
+
+def answers(shape=(16, 10), relative=1e-6, seed=0, scale=1.0):
+    """A float64 reference and a float32 answer that is off by `relative`."""
+    rng = np.random.default_rng(seed)
+    r = rng.standard_normal(shape) * scale
+    return r, (r * (1 + relative * rng.standard_normal(shape))).astype(np.float32)
+
+
+# ---- correct candidates pass -----------------------------------------------------------------------------------
+
+
+def product_permuted(x, w, rng):
+    p = rng.permutation(len(w))
+    return x[:, p] @ w[p]
+
+
+def product_blocked(x, w, rng):
+    edges = np.sort(rng.integers(0, len(w) + 1, 3))
+    return sum((x[:, a:b] @ w[a:b] for a, b in zip([0, *edges], [*edges, len(w)], strict=True)), x.dtype.type(0))
+
+
+def product_pairwise(x, w, rng):
+    return (np.ascontiguousarray(x[:, None, :] * w.T[None]).sum(-1, dtype=x.dtype)).astype(x.dtype)
+
+
+def product_sequential(x, w, rng):
+    return np.cumsum(x[:, None, :] * w.T[None], axis=-1, dtype=x.dtype)[..., -1]
+
+
+PRODUCTS = [product_permuted, product_blocked, product_pairwise, product_sequential]
+
+
+def softmax(x):
+    e = np.exp(x - x.max(axis=1, keepdims=True))
+    return e / e.sum(axis=1, keepdims=True)
+
+
+ENDS = {
+    "linear": lambda x: x,
+    "softmax": softmax,
+    "tanh": np.tanh,
+    "relu": lambda x: np.maximum(x, 0),
+    "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
+}
+HIDDEN = [lambda x: np.maximum(x, 0), np.tanh, lambda x: x / (1 + np.exp(-x))]
+
+
+def random_net(rng):
+    """Weights, hidden activations, end, samples and scale of a random multi-layer perceptron."""
+    widths = rng.integers(3, 200, rng.integers(2, 12))
+    weights = [rng.standard_normal((a, b)).astype(np.float32) for a, b in itertools.pairwise(widths)]
+    weights = [w * np.float32(rng.choice([0.5, 1.0, 1.5]) / math.sqrt(len(w))) for w in weights]
+    scale = 10.0 ** rng.choice([-20, -3, 0, 0, 0, 3, 15])
+    x = (rng.standard_normal((rng.choice([8, 16, 32]), widths[0])) * (scale if scale < 1e3 else 1)).astype(np.float32)
+    weights[-1] = weights[-1] * np.float32(scale if scale >= 1e3 else 1)
+    hidden = [HIDDEN[i] for i in rng.integers(0, 2 if scale != 1 else 3, len(weights) - 1)]
+    return weights, hidden, (ENDS[rng.choice(list(ENDS))] if scale == 1 else ENDS["linear"]), x
+
+
+def evaluate(net, dtype, product, rng):
+    weights, hidden, end, x = net
+    x = x.astype(dtype)
+    for w, f in zip(weights, [*hidden, end], strict=True):
+        x = f(product(x, w.astype(dtype), rng))
+    return x
+
+
+def plain(x, w, rng):
+    return x @ w
+
+
+def sweep(seeds):
+    """Every law's largest use: candidate's error over what is allowed, and over the original's own."""
+    for seed in seeds:
+        rng = np.random.default_rng(seed)
+        net = random_net(rng)
+        with np.errstate(all="ignore"):
+            r, o = evaluate(net, np.float64, plain, rng), evaluate(net, np.float32, plain, rng)
+            for product in PRODUCTS:
+                yield seed, product, compare("y", r, o, evaluate(net, np.float32, product, rng), F32)
+
+
+def test_a_float32_net_with_another_summation_order_passes():
+    found = list(sweep(range(80)))
+    assert [(seed, product.__name__, c.reason) for seed, product, c in found if not c.passed] == []
+    assert max(c.noise_ratio or 0 for *_, c in found) > 0.5  # the nets do round
+
+
+def test_the_original_itself_and_the_reference_pass():
+    r, o = answers()
+    assert compare("y", r, o, o, F32).passed
+    exact = compare("y", r, o, r.astype(np.float32), F32)
+    assert exact.passed
+    assert compare("y", r.astype(np.float32), o, r.astype(np.float32), F32).exact
+
+
+# ---- wrong candidates fail -------------------------------------------------------------------------------------
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    own=st.sampled_from([0.0, 1e-8, 1e-7, 1e-6, 1e-4]),
+    times=st.floats(10.01, 1e6),
+    shape=st.sampled_from([(1, 1), (1, 50), (40, 1), (7, 3, 5)]),
+    scale=st.sampled_from([1e-25, 1e-3, 1.0, 1e20]),
+)
+def test_more_than_ten_times_the_original_always_fails(seed, own, times, shape, scale):
+    rng = np.random.default_rng(seed)
+    r = rng.standard_normal(shape) * scale
+    o = r * (1 + own * rng.standard_normal(shape))
+    wrong = rng.standard_normal(shape)
+    size = times * max(np.linalg.norm((o - r).ravel()), EPS * np.linalg.norm(r.ravel()))
+    c = r + wrong * (size / np.linalg.norm(wrong.ravel()))
+    assert not compare("y", r, o, c, F32).passed
+
+
+def test_ten_times_the_whole_error_fails_even_where_no_single_sample_stands_out():
+    r, o = answers((64, 4), 1e-6)
+    c = (r + 6 * (o - r)).astype(np.float32)  # within the factors of sample (8) and element (16)
+    found = compare("y", r, o, c, F32)
+    assert not found.passed
+    assert found.reason.startswith("whole output")
+    assert "; " not in found.reason
+
+
+@pytest.mark.parametrize("samples", [2, 3, 16])
+def test_a_huge_sample_does_not_hide_a_wrong_small_one(samples):
+    r, o = answers((samples, 10))
+    r[0] *= 1e8
+    o[0] *= np.float32(1e8)
+    c = o.copy()
+    c[1] *= np.float32(1.001)
+    found = compare("y", r, o, c, F32)
+    assert not found.passed
+    assert found.reason.startswith("sample 1 (1 of ")
+    assert found.worst_sample == 1
+
+
+def test_one_ill_conditioned_sample_does_not_loosen_the_others():
+    r, o = answers((8, 10))
+    r[:2] *= 1e-3  # so small that the whole-output law cannot see them
+    o[:2] *= np.float32(1e-3)
+    o[0] *= np.float32(1.02)
+    c = o.copy()
+    c[1] *= np.float32(1.05)
+    assert "sample 1 (1 of 8 fail)" in compare("y", r, o, c, F32).reason
+
+
+def test_a_sample_that_the_original_hit_by_luck_is_measured_by_the_others():
+    r, o = answers((16, 1), 1e-5)
+    c = (2 * r - o).astype(np.float32)
+    o[3] = r[3]
+    assert compare("y", r.astype(np.float32), o, c, F32).passed
+
+
+def test_a_sample_that_is_zero_may_err_like_a_typical_one():
+    r, o = answers((8, 4))
+    r[2] = o[2] = 0
+    c = o.copy()
+    c[2] = 1e-7
+    assert compare("y", r, o, c, F32).passed
+    c[2] = 1e-4
+    assert not compare("y", r, o, c, F32).passed
+
+
+def test_one_wrong_element_among_a_million_fails():
+    r, o = answers((2, 500_000))
+    c = o.copy()
+    c[1, 77] += np.float32(5e-4)  # L2: 5e-4 against 7e-4 of noise
+    found = compare("y", r, o, c, F32)
+    assert not found.passed
+    assert found.reason.startswith("worst element")
+    assert (found.worst_sample, found.worst_index) == (1, (77,))
+
+
+def test_an_original_far_from_the_reference_is_no_yardstick():
+    r, _ = answers()
+    found = compare("y", r, (r * 1.1).astype(np.float32), (r * 1.05).astype(np.float32), F32)
+    assert not found.passed
+    assert "no yardstick" in found.reason
+
+
+SHIFTS = {
+    "bias": lambda o: o + np.float32(1e-4),
+    "scale": lambda o: o * np.float32(1.0001),
+    "class swap": lambda o: o[:, ::-1],
+    "sample swap": lambda o: o[::-1],
+    "zeros": np.zeros_like,
+    "half": lambda o: o.astype(np.float16).astype(np.float32),
+    "one nan": lambda o: np.where(np.arange(o.size).reshape(o.shape) == 5, np.float32("nan"), o),
+    "one inf": lambda o: np.where(np.arange(o.size).reshape(o.shape) == 5, np.float32("inf"), o),
+    "sign": lambda o: -o,
+}
+
+
+@pytest.mark.parametrize("shift", SHIFTS.values(), ids=SHIFTS.keys())
+@pytest.mark.parametrize("scale", [2.0**-100, 1.0, 2.0**100])
+def test_corruption_fails_at_any_scale(shift, scale):
+    r, o = answers()
+    c = shift(o) * np.float32(scale)
+    r, o = r * scale, o * np.float32(scale)
+    found = compare("y", r, o, c, F32)
+    assert not found.passed
+    assert "\n" not in found.reason
+
+
+DRIFTS = [
+    (np.zeros((15, 10), np.float32), "shape [15, 10] instead of [16, 10]"),
+    (np.zeros((16, 10), np.float64), "dtype float64 instead of float32"),
+    (np.zeros((16, 10), np.int32), "dtype int32 instead of float32"),
+    (np.zeros((16, 1), np.float32), "shape [16, 1] instead of [16, 10]"),
+]
+
+
+@pytest.mark.parametrize(("candidate", "reason"), DRIFTS)
+def test_shape_and_dtype_drift_fail(candidate, reason):
+    r, o = answers()
+    assert compare("y", r, o, candidate, F32).reason == reason
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0,)])
+def test_an_empty_output_fails(shape):
+    r = np.zeros(shape)
+    found = compare("y", r, r.astype(np.float32), r.astype(np.float32), F32)
+    assert not found.passed
+    assert "nothing to compare" in found.reason
+
+
+# ---- what cannot be judged -------------------------------------------------------------------------------------
+
+
+def overflowing():
+    r, o = answers((4, 3))
+    r[1, 2], o[1, 2] = 1e39, np.inf  # float32 overflow: excluded
+    r[2, 0], o[2, 0] = -np.inf, -np.inf  # both infinite: the pattern must be kept
+    return r, o
+
+
+def test_samples_that_overflow_in_the_original_are_excluded_and_counted():
+    r, o = overflowing()
+    c = o.copy()
+    c[1] = 123
+    found = compare("y", r, o, c, F32)
+    assert found.passed
+    assert found.excluded == 1
+    assert found.samples == 4
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan, 0.0])
+def test_an_infinity_of_the_reference_must_be_kept(value):
+    r, o = overflowing()
+    o[2, 0], c = -np.inf, o.copy()
+    c[2, 0] = value
+    found = compare("y", r, o, c, F32)
+    assert not found.passed
+    assert (found.worst_sample, found.worst_index) == (2, (0,))
+
+
+def test_nothing_left_to_compare_fails():
+    r, o = answers((3, 2))
+    assert "nothing left" in compare("y", r, np.full_like(o, np.nan), np.full_like(o, np.nan), F32).reason
+    gone = np.full((3, 2), np.nan)
+    assert "nothing left" in compare("y", gone, gone.astype(np.float32), gone.astype(np.float32), F32).reason
+
+
+EXACT = [
+    (np.array([[1], [2]]), np.array([[1], [3]])),
+    (np.array([True, False]), np.array([True, True])),
+    (np.array(["a", "b"], object), np.array(["a", "c"], object)),
+    (np.array([2**63 - 1, 0]), np.array([2**63 - 2, 0])),
+]
+
+
+@pytest.mark.parametrize(("right", "wrong"), EXACT)
+def test_exact_kinds_must_be_equal(right, wrong):
+    assert compare("y", right, right, right.copy(), F32).passed
+    found = compare("y", right, right, wrong, F32)
+    assert not found.passed
+    assert found.mismatches == 1
+    assert found.worst_sample == int(np.argmax((right != wrong).ravel()))
+
+
+def test_exact_samples_where_the_original_differs_are_excluded():
+    r = np.array([1, 2, 3])
+    o = np.array([1, 9, 3])
+    assert compare("y", r, o, o, F32).excluded == 1
+    assert compare("y", r, o, o, F32).passed
+    assert not compare("y", r, r + 1, r + 1, F32).passed
+
+
+def test_strings_of_all_kinds_compare():
+    for kind in (object, "U3", "S3"):
+        texts = np.array(["ab", "c"]).astype(kind)
+        assert compare("y", np.array(["ab", "c"], object), np.array(["ab", "c"]), texts, F32).passed
+
+
+def test_complex_outputs_are_not_judged():
+    r = np.ones((2, 2), complex)
+    assert "cannot be judged" in compare("y", r, None, r, F32).reason
+
+
+# ---- top-1 -----------------------------------------------------------------------------------------------------
+
+
+def two_classes(margin):
+    r = np.tile([0.9, 0.1], (32, 1))
+    r[3] = [0.5 + margin, 0.5]
+    o = (r * (1 + 1e-5 * np.random.default_rng(0).standard_normal(r.shape))).astype(np.float32)
+    c = o.copy()
+    c[3] = [0.5, np.nextafter(np.float32(0.5), np.float32(1))]
+    return compare("y", r, o, c, F32)
+
+
+def test_a_top1_change_within_rounding_is_excused():
+    found = two_classes(1e-6)
+    assert found.passed
+    assert found.top1_agreement == 31 / 32
+
+
+def test_a_top1_change_beyond_rounding_fails_though_the_elements_pass():
+    r, o = np.tile([0.9, 0.1], (32, 1)), None
+    r[3] = [0.5 + 5e-5, 0.5 - 5e-5]
+    o = (r * (1 + 4e-6 * np.where(np.arange(64).reshape(32, 2) % 2, 1, -1))).astype(np.float32)
+    c = o.copy()
+    c[3] = [0.5 - 1e-6, 0.5 + 1e-6]
+    law = verify.POLICIES["float32"]
+    loose = verify.Policy(**{**vars(law), "factor_whole": 1e3, "factor_sample": 1e3, "factor_element": 1e3})
+    assert "top-1 changed" in compare("y", r, o, c, loose).reason
+    assert compare("y", r, o, c, verify.Policy(**{**vars(loose), "factor_top1": 1e3})).passed
+
+
+def test_ties_of_the_reference_agree_either_way():
+    r = np.tile([0.5, 0.5], (4, 1))
+    c = np.tile(np.array([0.5, 0.5000001], np.float32), (4, 1))
+    assert compare("y", r, r.astype(np.float32), c, F32).top1_agreement == 1
+
+
+def test_top1_is_for_matrices_of_two_columns_or_more():
+    for shape in [(8, 1), (8,), (8, 3, 2)]:
+        r, o = answers(shape)
+        assert compare("y", r, o, o, F32).top1_agreement is None
+
+
+# ---- metrics ---------------------------------------------------------------------------------------------------
+
+
+def test_metrics_match_their_formulas():
+    r, o = answers((8, 5))
+    c = (r + 2 * (o - r)).astype(np.float32)
+    d = c.astype(float) - r
+    found = compare("y", r, o, c, F32)
+    assert found.snr_db == pytest.approx(20 * np.log10(np.linalg.norm(r) / np.linalg.norm(d)))
+    assert found.reference_snr_db == pytest.approx(20 * np.log10(np.linalg.norm(r) / np.linalg.norm(o - r)))
+    assert found.max_abs == np.abs(d).max()
+    assert found.max_rel == pytest.approx(np.abs(d / r).max())
+    assert found.cosine == pytest.approx(1)
+    assert found.noise_ratio == pytest.approx(2, abs=0.2)
+    assert found.spread == pytest.approx(np.sqrt(r.var(axis=0).mean() / np.square(r).mean()))
+
+
+@settings(max_examples=100, deadline=None)
+@given(seed=st.integers(0, 10**6), scale=st.sampled_from([1e-40, 1e-30, 1.0, 1e30]))
+def test_the_smallest_tolerances_are_the_smallest_that_pass(seed, scale):
+    r, o = answers((4, 3), 1e-3, seed, scale)
+    found = compare("y", r, o, o, F32)
+    for make, value in ((lambda t: Tolerance(rtol=t), found.smallest_rtol), (Tolerance, None)):
+        if value is not None:
+            assert compare("y", r, o, o, make(value)).passed
+            assert not compare("y", r, o, o, make(np.nextafter(value, 0) * (1 - 1e-15))).passed
+    assert compare("y", r, o, o, Tolerance(atol=found.smallest_atol)).passed
+    assert not compare("y", r, o, o, Tolerance(atol=float(np.nextafter(found.smallest_atol, 0)))).passed
+
+
+def test_no_rtol_passes_where_a_zero_is_missed():
+    r = np.array([[0.0, 1.0]])
+    c = np.array([[1e-9, 1.0]], np.float32)
+    found = compare("y", r, r.astype(np.float32), c, F32)
+    assert found.smallest_rtol is None
+    assert found.smallest_atol == pytest.approx(1e-9)
+    assert found.max_rel == 0
+
+
+def test_an_output_that_hardly_varies_is_flagged():
+    r = np.ones((4, 3)) + 1e-9 * np.arange(4)[:, None]
+    found = compare("y", r, r.astype(np.float32), r.astype(np.float32), F32)
+    assert found.passed
+    assert found.insensitive
+    assert not compare("y", r[:1], r[:1].astype(np.float32), r[:1].astype(np.float32), F32).insensitive
+    assert compare("y", np.zeros((4, 3)), None, np.zeros((4, 3)), F32).insensitive
+
+
+HOSTILE = [0.0, -0.0, 1.0, 1e-320, 1e-200, 1e200, 1.7e308, -1.7e308, np.inf, -np.inf, np.nan]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    r=st.lists(st.sampled_from(HOSTILE), min_size=6, max_size=6),
+    o=st.lists(st.sampled_from(HOSTILE), min_size=6, max_size=6),
+    c=st.lists(st.sampled_from(HOSTILE), min_size=6, max_size=6),
+    policy=st.sampled_from([F32, Tolerance(1e-3, 1e-3)]),
+    noisy=st.booleans(),
+)
+def test_any_values_give_strict_json_and_never_a_silent_nan(r, o, c, policy, noisy):
+    r, o, c = (np.array(v).reshape(3, 2) for v in (r, o, c))
+    found = compare("y", r, o if noisy else None, c, policy)
+    json.dumps(found.to_json(), allow_nan=False)
+    assert found.passed == (found.reason is None)
+    if found.passed:
+        kept = slice(None) if not noisy else [v is not None for v in noise_between(r, o).l2]
+        assert np.array_equal(np.isnan(c[kept]), np.isnan(r[kept]))
+        assert np.array_equal(np.isinf(c[kept]), np.isinf(r[kept]))
+
+
+# ---- tolerances, no original, several outputs ------------------------------------------------------------------
+
+
+@settings(max_examples=100, deadline=None)
+@given(seed=st.integers(0, 10**6), rtol=st.sampled_from([0, 1e-6, 1e-5]), atol=st.sampled_from([0, 1e-6, 1e-7]))
+def test_a_tolerance_means_what_numpy_means(seed, rtol, atol):
+    r, o = answers((3, 4), 1e-6, seed)
+    assert compare("y", r, o, o, Tolerance(rtol, atol)).passed == np.allclose(o.astype(float), r, rtol, atol)
+
+
+@pytest.mark.parametrize("value", [-1, math.nan, math.inf, "1", True])
+def test_a_tolerance_must_be_a_number(value):
+    with pytest.raises(InputError, match="rtol is"):
+        policy_from(rtol=value)
+
+
+def test_policies_are_chosen_by_tolerance_or_precision():
+    assert policy_from(rtol=1e-3) == Tolerance(1e-3, 0)
+    assert policy_from(atol=1e-3) == Tolerance(0, 1e-3)
+    assert policy_from(precision="float32") is verify.POLICIES["float32"]
+    with pytest.raises(InputError, match="no policy for precision 'int4'"):
+        policy_from(precision="int4")
+
+
+def test_without_an_original_the_default_yardstick_is_stated():
+    r, _ = answers()
+    r = r.astype(np.float32)
+    good, bad = r * np.float32(1 + 40 * EPS), r * np.float32(1 + 4000 * EPS)
+    found = compare("y", r, None, good, F32)
+    assert found.passed
+    assert "for want of an original" in found.yardstick
+    assert not compare("y", r, None, bad, F32).passed
+
+
+def outputs():
+    r, o = answers()
+    return {"a": r, "b": r[:, :3]}, {"a": o, "b": o[:, :3]}
+
+
+SETS = {
+    "missing": (lambda o: {"a": o["a"]}, "b", "missing from the candidate"),
+    "extra": (lambda o: {**o, "c": o["a"]}, "c", "not an output of the reference"),
+    "renamed": (lambda o: {"a": o["a"], "B": o["b"]}, "b", "missing from the candidate"),
+    "reordered": (lambda o: {"b": o["b"], "a": o["a"]}, "a", "moved from position 0 to 1"),
+}
+
+
+@pytest.mark.parametrize(("change", "name", "reason"), SETS.values(), ids=SETS.keys())
+def test_the_set_of_outputs_must_be_kept(change, name, reason):
+    r, o = outputs()
+    assert all_passed(compare_outputs(r, o, o, F32))
+    found = compare_outputs(r, o, change(o), F32)
+    assert not all_passed(found)
+    assert {c.name: c.reason for c in found}[name] == reason
+
+
+def test_nothing_compared_fails():
+    assert not all_passed(compare_outputs({}, {}, {}, F32))
+    assert not all_passed(())
+
+
+def test_an_original_that_lacks_an_output_is_no_licence():
+    r, o = outputs()
+    found = compare_outputs(r, {"a": o["a"]}, o, F32)
+    assert [c.passed for c in found] == [True, False]
+
+
+def test_noise_survives_json_and_takes_the_largest_of_several_runs():
+    r, o = overflowing()
+    noise = noise_between(r, o)
+    assert noise.l2[1] is None
+    assert Noise.from_json(json.loads(json.dumps(noise.to_json(), allow_nan=False))) == noise
+    both = noise_between(r, o, np.where(np.isfinite(o), o, 0) * 2, r)
+    assert both.l2[0] == pytest.approx(np.linalg.norm(2.0 * o[0] - r[0]))
+    assert both.l2[1] is None
+
+
+RECORDS = [
+    None, {}, {"l2": [1.0]}, {"l2": [1.0], "max": []}, {"l2": [-1.0], "max": [1.0]}, {"l2": [None], "max": [1.0]},
+    {"l2": ["1"], "max": ["1"]}, {"l2": [True], "max": [True]}, {"l2": 3, "max": 3},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("record", RECORDS)
+def test_a_damaged_noise_record_is_refused(record):
+    with pytest.raises(verify.RefusedError, match="noise record"):
+        Noise.from_json(record)
+
+
+def test_misuse_is_an_input_error():
+    r, o = answers()
+    with pytest.raises(DataError, match="output y: the original's output has shape"):
+        compare("y", r, o[:3], o, F32)
+    with pytest.raises(DataError, match="at least one"):
+        noise_between(r)
+    with pytest.raises(verify.RefusedError, match="2 samples, the data 16"):
+        verify.judge("y", r, o, F32, Noise((0.0, 0.0), (0.0, 0.0)), np.float32)
+
+
+def test_global_state_is_left_alone():
+    before, r = (np.geterr(), np.random.get_state()[1].tolist()), np.zeros((2, 2))  # noqa: NPY002 - the state guarded
+    compare("y", r, r.astype(np.float32), np.full((2, 2), np.nan, np.float32), F32)
+    assert (np.geterr(), np.random.get_state()[1].tolist()) == before  # noqa: NPY002
