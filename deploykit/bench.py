@@ -1,4 +1,4 @@
-"""How fast: every candidate in a process of its own, in turns, judged by ratios.
+"""How fast: every candidate in processes of its own, in turns, judged by ratios.
 
 One process each, because the thread pools of two sessions in one process disturb each other (the same file
 took 4.4 ms alone and 11.7 ms as second session). In turns, because a shared machine drifts by a factor of two
@@ -9,22 +9,33 @@ round cancels in the ratio.
     round 2    C B A        ... and mirrored, so that nobody has always the same place or neighbour
 
 A block is what one candidate does in one round: one run that is not timed, then as many as fill ``BLOCK_S``,
-at least 3. Rounds go on until ``seconds`` per candidate are used, from 10 to 60 of them, always whole mirrored
-pairs. The other processes are stopped meanwhile (SIGSTOP): threads that spin while they wait for work would
-take the cores from the one that is measured.
+at least 3. The other processes are stopped meanwhile (SIGSTOP): threads that spin while they wait for work
+(ONNX Runtime's do, for more than 50 ms) would take the cores from the one that is measured.
 
-Every batch size gets fresh processes, so that memory and caches of one do not show in the other. A candidate
+A process keeps the memory layout it got, and with it a few percent of speed: within two processes of the *same*
+18 µs file, rounds agree to 1 %, and the ratio of the two is anything from 0.97 to 1.01. Rounds cannot average
+that out, only fresh processes can. So with L = ``LUCK``:
+
+    stage 1    one process each; every pair's interval, over rounds, is widened by L on both sides
+    stage 2    candidates of a pair that stage 1 leaves undecided get fresh processes, until there are 6 of each;
+               the pair's interval is then over processes (log of the ratio of medians, one value for each)
+
+With 6 values the interval is their whole range (1 - 2/2^6 = 97 %). A candidate that is three times slower than
+the others is started once, however slow its runtime's import is.
+
+Every batch size gets fresh processes too, so that memory and caches of one do not show in the other. A candidate
 that cannot load or run, dies or hangs stays in the report with the reason; the others go on. Raw samples are
 kept; medians, intervals and verdicts are `deploykit.stats`'.
 
-Limits. A process keeps the memory layout it got, so a real difference below a few percent is not told from
-luck. ``load_ms`` is measured once. Runtimes run on the CPU: GPUs are hidden from the workers. Stopping needs
-Linux; elsewhere blocks start while another process may still spin for some milliseconds.
+Limits. ``load_ms`` finds the file in the system's cache as it is. Runtimes run on the CPU: GPUs are hidden from
+the workers. Stopping needs Linux; elsewhere blocks start while another process may still spin.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import itertools
 import json
 import math
 import os
@@ -47,15 +58,33 @@ import onnx
 from deploykit import environment
 from deploykit.errors import DataError, InputError
 from deploykit.runtimes import RUNTIMES, runtime_for
-from deploykit.stats import Latency, Ratio
+from deploykit.stats import MIN_ROUNDS, Latency, Ratio
 
 __all__ = ["BenchReport", "Candidate", "Comparison", "Progress", "Timing", "bench"]
 
 Array = npt.NDArray[Any]
+Rounds = tuple[tuple[float, ...], ...]
 
 BLOCK_S = 0.03
 BLOCK_RUNS = (3, 1000)  # at least, at most
-ROUNDS = (10, 60)  # at least, at most; even, because rounds come in mirrored pairs
+LUCK = 1.10  # two processes of one file may differ by this factor
+PROCESSES = MIN_ROUNDS  # as many as an interval over processes needs
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """How long one set of processes is measured: a share of the time, and bounds for its rounds.
+
+    Even, because rounds come in mirrored pairs.
+    """
+
+    share: float
+    least: int
+    most: int
+
+
+FIRST, LATER = _Stage(1 / 2, 10, 30), _Stage(1 / 10, 2, 6)  # 5 of the second after the first: 60 rounds at most
+
 TIMEOUT_S = 300.0  # for any one answer of a worker
 
 DRIFT_LIMIT = 1.10  # last quarter of the rounds over the first, or its inverse
@@ -84,21 +113,21 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a measurement stands: ``rounds`` of at most ``limit`` are done; ``phase`` is "load", "warm" or "round"."""
+    """What happens next: ``phase`` is "load", "warm" or "round"; ``process`` and ``round`` count from 1."""
 
     candidate: str
     batch: int
     phase: str
-    rounds: int
-    limit: int
+    process: int
+    round: int
 
 
 @dataclass(frozen=True)
 class Timing:
     """What was measured for one candidate at one batch size.
 
-    ``rounds_s``: the samples of each round, in seconds; empty where ``failed`` says why. ``input_shapes``
-    include the batch.
+    ``processes_s``: the samples, in seconds, of each round of each process; empty where ``failed`` says why.
+    ``input_shapes`` include the batch. ``load_s`` is the median over processes, ``peak_rss_bytes`` the largest.
     """
 
     candidate: Candidate
@@ -106,11 +135,16 @@ class Timing:
     threads: int
     input_shapes: Mapping[str, tuple[int, ...]]
     size_bytes: int | None
-    rounds_s: tuple[tuple[float, ...], ...] = ()
+    processes_s: tuple[Rounds, ...] = ()
     load_s: float | None = None
     peak_rss_bytes: int | None = None
     settled: bool = True
     failed: str | None = None
+
+    @property
+    def rounds_s(self) -> Rounds:
+        """The rounds of all processes, one after the other."""
+        return tuple(samples for rounds in self.processes_s for samples in rounds)
 
     @property
     def latency(self) -> Latency | None:
@@ -153,10 +187,11 @@ class Timing:
             "load_ms": None if self.load_s is None else self.load_s * 1e3,
             "peak_rss_bytes": self.peak_rss_bytes,
             "size_bytes": self.size_bytes,
+            "processes": len(self.processes_s),
             "rounds": len(self.rounds_s),
             "runs": sum(map(len, self.rounds_s)),
             "noise": {"drift": self.drift, "spread": self.spread, "warm_up_settled": self.settled},
-            "samples_s": [list(samples) for samples in self.rounds_s],
+            "samples_s": [[list(samples) for samples in rounds] for rounds in self.processes_s],
             "failed": self.failed,
         }
 
@@ -230,11 +265,25 @@ class BenchReport:
 def _compare(a: Timing, b: Timing) -> Comparison:
     threads = a.threads if a.threads == b.threads else None
     names = (a.candidate.name, b.candidate.name, a.batch, threads)
-    failed = [t.candidate.name for t in (a, b) if not t.rounds_s]
+    failed = [t.candidate.name for t in (a, b) if t.failed is not None]
     if failed:
         return Comparison(*names, None, f"{' and '.join(failed)} could not be measured")
-    ratio = Ratio.of(a.rounds_s, b.rounds_s)
+    ratio = _ratio(a.processes_s, b.processes_s)
     return Comparison(*names, ratio, ratio.reason)
+
+
+def _ratio(a: Sequence[Rounds], b: Sequence[Rounds]) -> Ratio:
+    """Over processes where there are enough of both, else over rounds and widened; see the module's docstring."""
+    pairs = list(zip(a, b, strict=False))  # a candidate that was decided early has fewer
+    if len(pairs) >= MIN_ROUNDS:
+        return Ratio.of(*([list(itertools.chain(*rounds)) for rounds in side] for side in zip(*pairs, strict=True)))
+    found = Ratio.of(*(list(itertools.chain(*side)) for side in zip(*pairs, strict=True)))
+    if found.low is None or found.high is None:
+        return found
+    low, high = found.low / LUCK, found.high * LUCK
+    verdict = "faster" if high < 1 else "slower" if low > 1 else "undecided"
+    doubt = f"one pair of processes may differ by {LUCK - 1:.0%} by luck" if verdict == "undecided" else None
+    return dataclasses.replace(found, low=low, high=high, verdict=verdict, reason=doubt)
 
 
 def bench(
@@ -245,6 +294,7 @@ def bench(
     threads: int | None = None,
     seconds: float = 4.0,
     seed: int = 0,
+    processes: int = PROCESSES,
     timeout: float = TIMEOUT_S,
     progress: Callable[[Progress], None] | None = None,
 ) -> BenchReport:
@@ -252,15 +302,17 @@ def bench(
 
     ``inputs`` are samples by input name, axis 0 counting them; they are repeated or cut to each batch size.
     ``threads`` (default: the physical cores this process may use) holds for candidates that do not say
-    otherwise. ``seconds`` is the time for each candidate at each batch size, loading and warm-up not
-    counted; ``timeout``, in seconds, how long a worker may take for any one answer. ``seed`` draws the
-    order within rounds. ``progress`` is called while nothing is being timed.
+    otherwise. ``seconds`` is the most that each candidate runs at each batch size, loading and warm-up not
+    counted (but 10 rounds are always measured); ``processes`` the most that are started for it: with less
+    than 6, differences of a few percent stay undecided. ``timeout``, in seconds, is how long a worker may
+    take for any one answer. ``seed`` draws the order within rounds. ``progress`` is called before each
+    step, while nothing is being timed.
 
     Raises InputError or DataError for a request that makes no sense; a candidate that fails is a row of
     the report. No process outlives the call, whatever ends it.
     """
     threads = environment.physical_cores() if threads is None else threads
-    _refuse_nonsense(candidates, inputs, batches, threads, seconds, timeout)
+    _refuse_nonsense(candidates, inputs, batches, threads, seconds, timeout, processes, seed)
     notices = list(_busy())
     timings: list[Timing] = []
     with tempfile.TemporaryDirectory(prefix="deploykit-bench-") as name:
@@ -270,11 +322,7 @@ def bench(
             np.savez(folder / "inputs.npz", **feed)  # type: ignore[arg-type]  # a name is never allow_pickle's
             shapes = {key: array.shape for key, array in feed.items()}
             lanes = [_Lane(candidate, batch, candidate.threads or threads, folder, timeout) for candidate in candidates]
-            tell = progress or (lambda stage: None)
-            with contextlib.ExitStack() as stack:
-                for lane in lanes:
-                    stack.callback(lane.close)
-                _measure(lanes, seconds, seed, tell)
+            _measure(lanes, processes, seconds, seed, progress or (lambda next_step: None))
             timings += [lane.timing(shapes) for lane in lanes]
     for timing in timings:
         notices += _noise(timing)
@@ -288,6 +336,8 @@ def _refuse_nonsense(
     threads: int,
     seconds: float,
     timeout: float,
+    processes: int,
+    seed: int,
 ) -> None:
     names = [candidate.name for candidate in candidates]
     if not candidates:
@@ -300,6 +350,9 @@ def _refuse_nonsense(
         raise InputError(f"batch sizes are {list(batches)}; give different numbers from 1 on")
     if lacking := [count for count in (threads, *(c.threads for c in candidates)) if count is not None and count < 1]:
         raise InputError(f"threads must be at least 1, not {lacking[0]}")
+    for option, number, least in (("processes", processes, 1), ("seed", seed, 0)):
+        if number < least:
+            raise InputError(f"{option} must be at least {least}, not {number}")
     for option, value in (("seconds", seconds), ("timeout", timeout)):
         if not 0 < value < math.inf:
             raise InputError(f"{option} is {value}; give a positive number")
@@ -320,7 +373,7 @@ def _of_batch(array: Array, batch: int) -> Array:
 # ------------------------------------------------------------------------------------------------------ rounds
 
 
-def schedule(count: int, seed: int) -> Iterator[tuple[int, ...]]:
+def schedule(count: int, seed: Sequence[int]) -> Iterator[tuple[int, ...]]:
     """The order of each round: a random one, its mirror image, another random one, its mirror image, ..."""
     random = np.random.default_rng(seed)
     while True:
@@ -329,23 +382,56 @@ def schedule(count: int, seed: int) -> Iterator[tuple[int, ...]]:
         yield order[::-1]
 
 
-def _measure(lanes: Sequence[_Lane], seconds: float, seed: int, tell: Callable[[Progress], None]) -> None:
-    least, most = ROUNDS
-    for lane in lanes:
-        for phase, step in (("load", lane.load), ("warm", lane.warm)):
-            tell(Progress(lane.candidate.name, lane.batch, phase, 0, most))
-            step()
+def _measure(
+    lanes: Sequence[_Lane], processes: int, seconds: float, seed: int, tell: Callable[[Progress], None]
+) -> None:
+    """Both stages; when it returns or raises, no process is left."""
+    for process in range(1, processes + 1):
+        with contextlib.ExitStack() as stack:
+            for lane in lanes:
+                stack.callback(lane.close)
+            _turns(lanes, process, seconds, (seed, process), tell)
+        if process == 1:
+            lanes = _undecided(lanes)
+        if not lanes:
+            return
+
+
+def _undecided(lanes: Sequence[_Lane]) -> list[_Lane]:
+    """The candidates about which the first processes leave a question open."""
+    doubtful: set[_Lane] = set()
+    for pair in itertools.combinations([lane for lane in lanes if lane.failed is None], 2):
+        if _ratio(*(lane.processes_s for lane in pair)).verdict == "undecided":
+            doubtful.update(pair)
+    return [lane for lane in lanes if lane in doubtful]
+
+
+def _turns(
+    lanes: Sequence[_Lane],
+    process: int,
+    seconds: float,
+    seed: Sequence[int],
+    tell: Callable[[Progress], None],
+) -> None:
+    """Start a process for each candidate, warm it up, and measure rounds while the stage's time lasts."""
+
+    def take(lane: _Lane, phase: str, number: int) -> None:
+        if lane.failed is None:
+            tell(Progress(lane.candidate.name, lane.batch, phase, process, number))
+            getattr(lane, phase)()
+
+    for place in next(schedule(len(lanes), seed)):  # who starts first could matter
+        take(lanes[place], "load", 0)
+        take(lanes[place], "warm", 0)
+    stage = FIRST if process == 1 else LATER
     begin = time.perf_counter()
-    for done, order in enumerate(schedule(len(lanes), seed)):
+    for done, order in enumerate(schedule(len(lanes), (*seed, 1))):
         alive = sum(lane.failed is None for lane in lanes)
-        spent = time.perf_counter() - begin >= seconds * alive
-        if not alive or done == most or (done >= least and done % 2 == 0 and spent):
+        spent = time.perf_counter() - begin >= seconds * stage.share * alive
+        if not alive or done == stage.most or (done >= stage.least and done % 2 == 0 and spent):
             return
         for place in order:
-            lane = lanes[place]
-            if lane.failed is None:
-                tell(Progress(lane.candidate.name, lane.batch, "round", done, most))
-                lane.block()
+            take(lanes[place], "round", done + 1)
 
 
 class _Lane:
@@ -356,10 +442,14 @@ class _Lane:
         self.failed: str | None = None
         self._folder, self._timeout = folder, timeout
         self._worker: _Worker | None = None
-        self._rounds: list[tuple[float, ...]] = []
-        self._load_s: float | None = None
+        self._processes: list[list[tuple[float, ...]]] = []
+        self._loads_s: list[float] = []
         self._peak: int | None = None
         self._settled, self._runs = True, BLOCK_RUNS[0]
+
+    @property
+    def processes_s(self) -> tuple[Rounds, ...]:
+        return tuple(map(tuple, self._processes))
 
     def load(self) -> None:
         handle, log = tempfile.mkstemp(suffix=".log", dir=self._folder)
@@ -374,20 +464,27 @@ class _Lane:
             batch=self.batch,
         )
         if answer is not None:
-            self._load_s = answer["load_s"]
+            self._loads_s.append(answer["load_s"])
+            self._processes.append([])
 
     def warm(self) -> None:
         answer = self._ask("warm")
         if answer is not None:
             least, most = BLOCK_RUNS
             self._runs = min(most, max(least, math.ceil(BLOCK_S / answer["median_s"])))
-            self._settled, self._peak = answer["settled"], answer["peak_rss_bytes"]
+            self._settled &= answer["settled"]
+            self._grew(answer)
 
-    def block(self) -> None:
+    def round(self) -> None:
         answer = self._ask("run", runs=self._runs)
         if answer is not None:
-            self._rounds.append(tuple(answer["samples_s"]))
-            self._peak = answer["peak_rss_bytes"]
+            self._processes[-1].append(tuple(answer["samples_s"]))
+            self._grew(answer)
+
+    def _grew(self, answer: Mapping[str, Any]) -> None:
+        found: int | None = answer["peak_rss_bytes"]
+        if found is not None:
+            self._peak = max(found, self._peak or 0)
 
     def _ask(self, verb: str, **arguments: Any) -> dict[str, Any] | None:
         """The worker's answer; None, with the reason in ``failed`` and no process left, where there is none."""
@@ -411,8 +508,8 @@ class _Lane:
             self.threads,
             shapes,
             size_bytes(self.candidate.model),
-            () if self.failed else tuple(self._rounds),
-            self._load_s,
+            () if self.failed else self.processes_s,
+            float(np.median(self._loads_s)) if self._loads_s else None,
             self._peak,
             self._settled,
             self.failed,

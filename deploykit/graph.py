@@ -526,10 +526,11 @@ def canonical(model: Any) -> Any:
 
 
 def run(model: Any, arrays: Mapping[str, npt.NDArray[Any]], *, batch: int = 32) -> list[npt.NDArray[Any]]:
-    """Evaluate a functional model in inference mode on arrays keyed by input name, in slices of ``batch``.
+    """Evaluate a model in inference mode on arrays keyed by input name, in slices of ``batch``.
 
     Returns the outputs in the model's flattened order.
     """
+    model = _functional(model) or _symbolic(model)
     names = [symbol._keras_history.operation.name for symbol in model.inputs]
     count = len(arrays[names[0]])
     pieces = []

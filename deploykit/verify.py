@@ -32,7 +32,7 @@ multiple of o − r. With N(s) = norm of (o − r) of sample s, R(s) = norm of r
   sample that is small by cancellation still carries the rounding of what cancelled. *Lower* median, so that of two
   samples the smaller sets the scale. o may hit one sample by luck, so its own noise is pooled: q = the 90th
   percentile of N/S, rounded down to a sample, so that one rogue sample never sets it. (With the median instead, an
-  ill-conditioned net with one number per sample fails correct candidates ten times as often.) Samples with R = 0
+  ill-conditioned net with one number per sample fails correct candidates several times as often.) Samples with R = 0
   stay out of both.
 * The factors grow with the number of things that must hold together (1, samples, elements): the largest of many
   draws exceeds the typical one. Top-1 takes the whole law's factor, because an answer that two errors of that size
@@ -547,9 +547,7 @@ def _smallest_rtol(error: Floats, size: Floats) -> float | None:
     wrong = error > 0
     if not wrong.any():
         return 0.0
-    if (size[wrong] == 0).any():
-        return None
-    rtol = float((error[wrong] / size[wrong]).max())
+    rtol = float((error[wrong] / size[wrong]).max())  # infinite where a zero is missed: no rtol will do
     for _ in range(4):  # the quotient may be rounded down, by one step
         if math.isfinite(rtol) and (error > rtol * size).any():
             rtol = float(np.nextafter(rtol, math.inf))
@@ -662,7 +660,7 @@ def _top1_law(r: Floats, c: Floats, turned: Array, rows: _Rows, policy: Policy) 
 # Timing
 # --------------------------------------------------------------------------------------------------------------
 
-# A percentile needs this many samples, about ten... or one beyond it, to be more than a guess.
+# Name: percentile, and the samples it needs so that at least one lies beyond it.
 PERCENTILES = {"median": (50.0, 1), "p90": (90.0, 10), "p99": (99.0, 100), "p99_9": (99.9, 1000)}
 CONFIDENCE = 0.95
 
@@ -730,7 +728,7 @@ def unseal(data: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise RefusedError(f"{MANIFEST} is not readable JSON ({error}); fetch the bundle again") from None
     try:
-        sound = isinstance(manifest, dict) and isinstance(manifest.get("seal"), str) and seal(manifest) == data
+        sound = isinstance(manifest, dict) and seal(manifest) == data
     except (RefusedError, RecursionError):
         sound = False
     if not sound:

@@ -172,9 +172,10 @@ def test_a_sample_that_the_original_hit_by_luck_is_measured_by_the_others():
     assert compare("y", r.astype(np.float32), o, c, F32).passed
 
 
-def test_a_sample_that_is_zero_may_err_like_a_typical_one():
+@pytest.mark.parametrize("zeros", [[2], [0, 2, 3, 4, 5]])
+def test_a_sample_that_is_zero_may_err_like_a_typical_one(zeros):
     r, o = answers((8, 4))
-    r[2] = o[2] = 0
+    r[zeros] = o[zeros] = 0
     c = o.copy()
     c[2] = 1e-7
     assert compare("y", r, o, c, F32).passed
@@ -277,7 +278,9 @@ def test_an_infinity_of_the_reference_must_be_kept(value):
 
 def test_nothing_left_to_compare_fails():
     r, o = answers((3, 2))
-    assert "nothing left" in compare("y", r, np.full_like(o, np.nan), np.full_like(o, np.nan), F32).reason
+    assert (
+        "reference disagree about NaN" in compare("y", r, np.full_like(o, np.nan), np.full_like(o, np.nan), F32).reason
+    )
     gone = np.full((3, 2), np.nan)
     assert "nothing left" in compare("y", gone, gone.astype(np.float32), gone.astype(np.float32), F32).reason
 
@@ -408,6 +411,15 @@ def test_an_output_that_hardly_varies_is_flagged():
     assert compare("y", np.zeros((4, 3)), None, np.zeros((4, 3)), F32).insensitive
 
 
+@pytest.mark.parametrize("scale", [2.0**-900, 2.0**900])
+def test_sizes_whose_squares_leave_the_range_measure_the_same(scale):
+    r, o = answers()
+    o = o.astype(float)
+    here, there = compare("y", r, o, o, F32), compare("y", r * scale, o * scale, o * scale, F32)
+    assert there.passed
+    assert (there.snr_db, there.cosine, there.spread) == pytest.approx((here.snr_db, here.cosine, here.spread))
+
+
 HOSTILE = [0.0, -0.0, 1.0, 1e-320, 1e-200, 1e200, 1.7e308, -1.7e308, np.inf, -np.inf, np.nan]
 
 
@@ -487,7 +499,9 @@ def test_the_set_of_outputs_must_be_kept(change, name, reason):
 
 
 def test_nothing_compared_fails():
-    assert not all_passed(compare_outputs({}, {}, {}, F32))
+    (found,) = compare_outputs({}, {}, {}, F32)
+    assert not found.passed
+    assert "nothing was compared" in found.reason
     assert not all_passed(())
 
 

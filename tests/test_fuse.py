@@ -8,10 +8,10 @@ import pytest
 from nets import chain, enliven, inputs_for
 
 from deploykit import graph
+from deploykit.channels import CHANNELS
 from deploykit.errors import InputError
 from deploykit.fuse import CODES, fuse
 from deploykit.fuse.conduits import CONDUITS
-from deploykit.channels import CHANNELS
 
 L = keras.layers
 BN = L.BatchNormalization
@@ -63,7 +63,10 @@ FORWARD = {
     "conv2d": (IMAGE, lambda b: L.Conv2D(6, 3, strides=2, activation=RELU, use_bias=b)),
     "conv2d groups": (IMAGE, lambda b: L.Conv2D(6, 3, groups=2, activation=RELU, use_bias=b)),
     "conv2d same 1x1": (IMAGE, lambda b: L.Conv2D(6, 1, padding="same", strides=2, activation=RELU, use_bias=b)),
-    "conv2d same that fits": ((8, 6, 4), lambda b: L.Conv2D(6, 2, padding="same", strides=2, activation=RELU, use_bias=b)),
+    "conv2d same that fits": (
+        (8, 6, 4),
+        lambda b: L.Conv2D(6, 2, padding="same", strides=2, activation=RELU, use_bias=b),
+    ),
     "conv3d": (CUBE, lambda b: L.Conv3D(6, 2, activation=RELU, use_bias=b)),
     "depthwise1d": (LINE, lambda b: L.DepthwiseConv1D(3, depth_multiplier=2, activation=RELU, use_bias=b)),
     "depthwise2d": (IMAGE, lambda b: L.DepthwiseConv2D(3, depth_multiplier=3, activation=RELU, use_bias=b)),
@@ -408,10 +411,10 @@ def test_global_state_is_left_alone():
     import random
 
     model = chain((6,), L.Dense(5), BN())
-    random.seed(3), np.random.seed(3)
-    state, numbers = random.getstate(), np.random.get_state()[1].copy()
+    random.seed(3)
+    state, numbers = random.getstate(), np.random.get_state()[1].copy()  # noqa: NPY002 -- the global state is the point
     policy = keras.config.dtype_policy().name
     fused(model)
     assert random.getstate() == state
-    assert np.array_equal(np.random.get_state()[1], numbers)
+    assert np.array_equal(np.random.get_state()[1], numbers)  # noqa: NPY002
     assert keras.config.dtype_policy().name == policy

@@ -226,11 +226,11 @@ def test_a_string_lookup_with_its_words_inside_loads(tmp_path: Path) -> None:
     assert load(save(model, tmp_path / "words.keras")).model.layers[-1].get_vocabulary() == ["[UNK]", "a", "b"]
 
 
-@pytest.mark.parametrize("name", ["net.weights.h5", "net.h5", "net.keras"])
-def test_weights_fill_the_model(folder: Path, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("source", ["net.weights.h5", "net.h5", "net.keras"])
+@pytest.mark.parametrize("name", ["other.bin", "other.weights.h5"])
+def test_weights_fill_the_model(folder: Path, tmp_path: Path, source: str, name: str) -> None:
     fresh = save(net(), tmp_path / "fresh.keras")
-    other = tmp_path / "other.bin"
-    shutil.copy(folder / name, other)
+    other = Path(shutil.copy(folder / source, tmp_path / name))
     loaded = load(fresh, weights=other)
     expected = load(folder / "net.keras").model.get_weights()
     np.testing.assert_array_equal(loaded.model.get_weights()[0], expected[0])
@@ -430,6 +430,17 @@ def test_a_sequential_without_input_shape(tmp_path: Path, name: str, built: bool
         assert "no known input shape" in message(path, LoadError)
 
 
+def test_a_sequential_of_keras_2_that_was_built_by_its_first_batch(tmp_path: Path) -> None:
+    """The weights are there, the input shape is not."""
+    path = save(keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, name="only")]), tmp_path / "m.h5")
+    with h5py.File(path, "r+") as file:
+        config = json.loads(file.attrs["model_config"])
+        config["config"].pop("build_input_shape", None)
+        config["config"]["layers"] = [layer(config, "only")]
+        file.attrs["model_config"] = json.dumps(config)
+    assert "no known input shape" in message(path, LoadError)
+
+
 @pytest.mark.parametrize("name", ["newer.keras", "newer.h5"])
 def test_a_newer_keras_is_named(folder: Path, tmp_path: Path, name: str) -> None:
     def change(config: Config) -> None:
@@ -578,9 +589,9 @@ def test_an_encrypted_archive_is_refused(folder: Path, tmp_path: Path) -> None:
 
 
 def test_weights_files_get_the_same_checks(folder: Path, tmp_path: Path) -> None:
-    hostile = _h5(_external_link)(folder, tmp_path)
-    with pytest.raises(UnsafeModelError, match="ExternalLink"):
-        load(folder / "net.keras", weights=hostile)
+    for make in (_h5(_external_link), _inner(_external_link, zipfile.ZIP_STORED)):
+        with pytest.raises(UnsafeModelError, match="ExternalLink"):
+            load(folder / "net.keras", weights=make(folder, tmp_path))
 
 
 # --- descriptions that would run code -----------------------------------------------------------------------------
@@ -831,6 +842,13 @@ def test_a_lambda_of_a_given_function_is_no_code(tmp_path: Path, shop: Path) -> 
     path = save(model, tmp_path / "named.keras")
     message(path, UnsafeModelError)
     assert load(path, custom_objects=[shop.stem]).model.get_layer("lam").function is module.bend
+
+
+def test_a_registered_name_covers_for_nothing_where_keras_ignores_it(folder: Path, tmp_path: Path, shop: Path) -> None:
+    """Without a module Keras goes by the class name: it would call keras.layers.deserialize."""
+    trick = {"class_name": "deserialize", "config": {"config": {}}, "registered_name": "shop>Scale"}
+    path = reconfigured(folder, tmp_path, "h5", _inside("first", note=trick))
+    assert "names keras.deserialize" in message(path, UnsafeModelError, custom_objects=[str(shop)])
 
 
 def test_a_file_cannot_call_a_given_function_as_a_layer(folder: Path, tmp_path: Path, shop: Path) -> None:

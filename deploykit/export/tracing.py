@@ -43,7 +43,7 @@ from tensorflow.python.framework.convert_to_constants import convert_variables_t
 from tf2onnx import optimizer as tf2onnx_optimizer
 from tf2onnx import tf_loader, tfonnx
 from tf2onnx.optimizer.merge_duplicated_nodes_optimizer import MergeDuplicatedNodesOptimizer
-from tf2onnx.optimizer.transpose_optimizer import TransposeOptimizer
+from tf2onnx.optimizer.transpose_optimizer import TransposeOptimizer, invert_perm
 
 from deploykit.errors import InputError, UnsupportedModelError
 from deploykit.signature import Signature
@@ -51,6 +51,7 @@ from deploykit.signature import Signature
 LARGE_CONSTANT_BYTES = 1024  # constants up to this size may hold shapes and axes, and always stay in the graph
 OPSETS = range(13, max(tf2onnx.constants.OPSET_TO_IR_VERSION) + 1)
 
+COUNTER_START = 1_000_000  # of as many digits as any later number, so that names sort as numbers do
 LOGGERS = ("tf2onnx", "tensorflow", "absl")
 PACKAGE = os.path.dirname(tf2onnx.__file__)
 _LAST_RESORT = logging.lastResort or logging.NullHandler()  # where Python prints without any handler
@@ -341,13 +342,36 @@ def _lower(graph_def: Any) -> None:
 # ------------------------------------------------------------------------------------------------ convert
 
 
-class _ScalarSafeTransposes(TransposeOptimizer):  # type: ignore[misc]  # tf2onnx has no types
-    """tf2onnx's transpose optimizer, with constants of one element kept out of its bias merger."""
+class _Transposes(TransposeOptimizer):  # type: ignore[misc]  # tf2onnx has no types
+    """tf2onnx's transpose optimizer without its exception on scalars and without its dependence on chance.
+
+    Scalar constants stay out of its bias merger. The second method is tf2onnx's own, but for the order in
+    which it removes the transposes before a node: there that of a set of objects, here that of the inputs.
+    """
 
     def _add_handler(self, trans: Any, node: Any) -> Any:
         if node.inputs[1].is_const() and not node.inputs[1].get_tensor_value(as_list=False).shape:
             return self._handle_node_having_branches(trans, node)
         return super()._add_handler(trans, node)
+
+    def _handle_node_having_branches(self, trans: Any, node: Any) -> bool:
+        if not self._should_push_transpose(trans, node) or len(node.output) != 1:
+            return False
+        if not self._create_transpose_pairs_before_node(trans, node):
+            return False
+        if not self._nodes_has_single_consumer_node(node.inputs):
+            return False
+        self._create_transpose_pairs_after_node(trans, node)
+        for before in dict.fromkeys(node.inputs):
+            self._g.replace_all_inputs(before.output[0], before.input[0])
+            self._g.remove_node(before.name)
+        for after in self._g.find_output_consumers(node.output[0]):
+            self._g.replace_all_inputs(after.output[0], after.input[0])
+            self._g.remove_node(after.name)
+        if shape := self._g.get_shape(node.output[0]):
+            inverse = invert_perm(trans.get_attr_value("perm"))
+            self._g.set_shape(node.output[0], [shape[axis] for axis in inverse])
+        return True
 
 
 class _OrderedMerges(MergeDuplicatedNodesOptimizer):  # type: ignore[misc]  # tf2onnx has no types
@@ -385,7 +409,7 @@ class _Outside(dict[Any, Any]):
         return named
 
 
-OURS = {TransposeOptimizer: _ScalarSafeTransposes, MergeDuplicatedNodesOptimizer: _OrderedMerges}
+OURS = {TransposeOptimizer: _Transposes, MergeDuplicatedNodesOptimizer: _OrderedMerges}
 
 
 def _optimizers() -> dict[str, Any]:
@@ -401,10 +425,29 @@ def _group(graph: Any) -> None:
                 node.set_attr("group", image[1] // kernel[1])
 
 
+@contextlib.contextmanager
+def _fixed_counter() -> Iterator[None]:
+    """Number tf2onnx's names from the same start every time: it sorts by name."""
+    before = tf2onnx.utils.INTERNAL_NAME
+    tf2onnx.utils.INTERNAL_NAME = COUNTER_START
+    try:
+        yield
+    finally:
+        tf2onnx.utils.INTERNAL_NAME = before
+
+
+def _consumers_in_order(graph: Any) -> None:
+    """Make one tf2onnx graph, and the graphs inside of it, list the readers of a tensor by name, not by chance."""
+    find: Callable[[str], list[Any]] = graph.find_output_consumers
+    graph.find_output_consumers = lambda name: sorted(find(name), key=lambda node: str(node.name))
+    for inner in (inner for inners in graph.contained_graphs.values() for inner in inners.values()):
+        _consumers_in_order(inner)
+
+
 def _convert(frozen: Frozen, opset: int, *, tolerant: bool) -> tuple[Any, dict[str, bytes]]:
     outside = _Outside() if frozen.constants else None
     try:
-        with tf.Graph().as_default() as graph, tf.device("/cpu:0"):
+        with tf.Graph().as_default() as graph, tf.device("/cpu:0"), _fixed_counter():
             tf.import_graph_def(frozen.graph_def, name="")
             parsed = tfonnx.process_tf_graph(
                 graph,
@@ -414,6 +457,8 @@ def _convert(frozen: Frozen, opset: int, *, tolerant: bool) -> tuple[Any, dict[s
                 output_names=list(frozen.outputs),
                 const_node_values=dict(frozen.constants) or None,
             )
+            if not tolerant:  # which works on copies
+                _consumers_in_order(parsed)
             optimised = tf2onnx_optimizer.optimize_graph(parsed, catch_errors=tolerant, optimizers=_optimizers())
             _group(optimised)
             proto = optimised.make_model("", external_tensor_storage=outside)

@@ -217,8 +217,6 @@ def _judge_class(name: str, module: str | None, registered: str) -> _Verdict:
         return _Verdict(missing=_label(registered, module))
     if not (isinstance(found, type) and issubclass(found, ALLOWED_BASES)):
         return _Verdict(code=f"names {module or 'keras'}.{name}, which is no part of a model")
-    if found.__name__ in CODE_CLASSES:
-        return _Verdict(code=CODE_CLASSES[found.__name__])
     if registered != name:
         return _Verdict(code=f"is Keras' {name} but poses as {registered!r}")
     return _Verdict(built_in=True)

@@ -74,10 +74,9 @@ def timed(call: Callable[[], object], runs: int) -> list[float]:
     return [round(max(tick, 1) * 1e-9, 9) for tick in ticks]
 
 
-def warm_up(
-    call: Callable[[], object], limit_s: float = WARM_LIMIT_S, clock: Callable[[], float] = time.perf_counter
-) -> Answer:
+def warm_up(call: Callable[[], object], limit_s: float = WARM_LIMIT_S) -> Answer:
     """Run until the running median settles; the rule is in the module's docstring."""
+    clock = time.perf_counter
     begin = clock()
     call()
     runs, before = 1, None

@@ -1,0 +1,207 @@
+"""Reading and rebuilding graphs: the copy computes the same, and says the same of itself."""
+
+from __future__ import annotations
+
+import random
+
+import keras
+import numpy as np
+import pytest
+from nets import enliven, inputs_for
+
+from deploykit import graph
+from deploykit.errors import UnsupportedModelError
+
+L = keras.layers
+
+
+def functional():
+    x = keras.Input((8, 8, 3), name="image")
+    y = L.Conv2D(4, 3, padding="same")(x / 127.5 - 1)
+    y = L.Add()([y, L.Conv2D(4, 1)(L.BatchNormalization()(y))])
+    return keras.Model(x, L.Dense(2, activation="softmax", name="class")(L.GlobalAveragePooling2D()(y)))
+
+
+def sequential():
+    return keras.Sequential([keras.Input((5,), name="x"), L.Dense(4, activation="relu"), L.BatchNormalization()])
+
+
+def nested():
+    inner = keras.Sequential([keras.Input((5,)), L.Dense(5), L.BatchNormalization()], name="inner")
+    deeper = keras.Sequential([keras.Input((5,)), inner, L.ReLU()], name="deeper")
+    x = keras.Input((5,), name="x")
+    return keras.Model(x, inner(deeper(x)))
+
+
+def dictionaries():
+    a, b = keras.Input((4,), name="a"), keras.Input((4,), name="b")
+    return keras.Model({"b": b, "a": a}, {"sum": L.Add()([a, b]), "twice": L.Dense(2)(L.Concatenate()([b, a]))})
+
+
+def shared():
+    a, b = keras.Input((4,), name="a"), keras.Input((4,), name="b")
+    dense = L.Dense(3)
+    return keras.Model([a, b], L.Subtract()([dense(a), dense(b)]))
+
+
+def multiple_outputs_of_one_layer():
+    x = keras.Input((6, 3), name="x")
+    y, h, c = L.LSTM(4, return_state=True, return_sequences=True, name="lstm")(x)
+    return keras.Model(x, [y, h, c])
+
+
+def embedding():
+    x = keras.Input((7,), dtype="int32", name="tokens")
+    return keras.Model(x, L.GlobalAveragePooling1D()(L.Embedding(5, 4, mask_zero=True)(x)))
+
+
+def adapted():
+    layer = L.Normalization()
+    layer.adapt(np.random.default_rng(0).normal(5, 3, (50, 4)).astype(np.float32))
+    return keras.Sequential([keras.Input((4,), name="x"), layer, L.Dense(2)])
+
+
+def half_precision():
+    return keras.Sequential([keras.Input((4,), name="x"), L.Dense(3, dtype="mixed_float16"), L.BatchNormalization()])
+
+
+def cast_inside():
+    x = keras.Input((4,), dtype="uint8", name="x")
+    return keras.Model(x, L.Dense(2)(keras.ops.cast(x, "float32") * np.float32(0.1)))
+
+
+MODELS = [
+    functional, sequential, nested, dictionaries, shared, multiple_outputs_of_one_layer, embedding, adapted,
+    half_precision, cast_inside,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_the_canonical_model_is_the_same_model(make):
+    model = enliven(make())
+    copy = graph.canonical(model)
+    inputs = inputs_for(model)
+    for a, b in zip(graph.run(model, inputs), graph.run(copy, inputs), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert graph.signature(copy) == graph.signature(model)
+    assert not any(isinstance(layer, keras.Model) for layer in copy.layers)
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_the_double_computes_in_float64(make):
+    model = enliven(make())
+    double = graph.replay(graph.trace(model), dtype="float64")
+    inputs = inputs_for(model)
+    for a, b in zip(graph.run(model, inputs), graph.run(double, inputs), strict=True):
+        assert b.dtype == np.float64
+        np.testing.assert_allclose(a, b, rtol=2e-2 if make is half_precision else 1e-4, atol=1e-2)
+        assert not np.array_equal(a, b) or make in (embedding,)
+
+
+def test_reading_and_rebuilding_leaves_the_model_alone():
+    model = enliven(functional())
+    before = [graph.numpy(w) for w in model.weights]
+    nodes = [(len(op._inbound_nodes), len(op._outbound_nodes)) for op in model.operations]
+    random.seed(1)
+    state = random.getstate()
+    graph.canonical(model)
+    assert random.getstate() == state
+    assert nodes == [(len(op._inbound_nodes), len(op._outbound_nodes)) for op in model.operations]
+    assert all(np.array_equal(a, graph.numpy(b)) for a, b in zip(before, model.weights, strict=True))
+
+
+def test_names_that_collide_are_told_apart_and_listed():
+    inner = keras.Sequential([keras.Input((5,)), L.Dense(5, name="d")], name="inner")
+    x = keras.Input((5,), name="x")
+    found = graph.trace(keras.Model(x, L.Dense(2, name="d")(inner(x))))
+    assert [node.name for node in found.nodes] == ["inner.d", "d"]  # the outermost keeps its name
+    assert found.renamed == {"inner/d": "inner.d"}
+
+
+def test_inner_layers_of_a_model_called_twice_have_two_calls():
+    inner = keras.Sequential([keras.Input((5,)), L.Dense(5)], name="inner")
+    x = keras.Input((5,), name="x")
+    found = graph.trace(keras.Model(x, inner(inner(x))))
+    assert [found.calls(node) for node in found.nodes] == [2, 2]
+
+
+def test_a_nested_model_that_converts_its_input_stays_whole():
+    inner = keras.Sequential([keras.Input((5,), dtype="float32"), L.Dense(5)], name="inner")
+    x = keras.Input((5,), dtype="float16", name="x")
+    found = graph.trace(keras.Model(x, inner(x)))
+    assert [type(node.layer).__name__ for node in found.nodes] == ["Sequential"]
+
+
+def test_logits_are_seen_in_front_of_a_softmax():
+    model = enliven(functional())
+    double = graph.replay(graph.trace(model), dtype="float64", logits=True)
+    probabilities, logits = graph.run(double, inputs_for(model))
+    np.testing.assert_allclose(np.exp(logits) / np.exp(logits).sum(-1, keepdims=True), probabilities, rtol=1e-9)
+
+
+def test_plausible_ranges_come_from_the_first_layers():
+    def low_high(*layers, dtype="float32"):
+        model = keras.Sequential([keras.Input((4,), dtype=dtype, name="x"), *layers])
+        spec = graph.signature(model).inputs[0]
+        return spec.low, spec.high
+
+    assert low_high(L.Rescaling(1 / 255)) == (0.0, 255.0)
+    assert low_high(L.Rescaling(1 / 127.5, offset=-1)) == (0.0, 255.0)
+    assert low_high(L.Embedding(9, 2), dtype="int32") == (0.0, 8.0)
+    assert low_high(L.Dense(2)) == (None, None)
+    assert low_high(L.Normalization(mean=[1.0] * 4, variance=[4.0] * 4)) == (-3.0, 5.0)
+
+
+def test_a_long_chain_is_no_recursion_error():
+    x = y = keras.Input((4,), name="x")
+    for _ in range(1200):
+        y = L.ReLU()(y)
+    import sys
+
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(30000)  # Keras itself needs it to build the model
+    try:
+        model = keras.Model(x, y)
+    finally:
+        sys.setrecursionlimit(limit)
+    assert len(graph.trace(model).nodes) == 1200
+    graph.canonical(model)
+    assert sys.getrecursionlimit() == limit
+
+
+@keras.saving.register_keras_serializable("tests")
+class Subclassed(keras.Model):
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.first, self.norm = L.Dense(4, name="first"), L.BatchNormalization(name="norm")
+
+    def call(self, x):
+        return keras.ops.relu(self.norm(self.first(x)))
+
+
+@keras.saving.register_keras_serializable("tests")
+class Opaque(Subclassed):
+    def call(self, x):
+        return self.first(x) if float(keras.ops.sum(x)) > 0 else x
+
+
+def test_a_subclassed_model_is_traced_where_its_call_allows():
+    model = Subclassed()
+    model(np.zeros((2, 3), np.float32))
+    enliven(model)
+    copy = graph.canonical(model)
+    x = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+    np.testing.assert_allclose(graph.run(copy, {"input": x})[0], graph.numpy(model(x)), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: keras.Sequential([L.Dense(2)], name="loose"), "loose.*no input shape"),
+        (lambda: (m := Opaque(name="odd"), m(np.ones((2, 3), np.float32)))[0], "Opaque 'odd'.*functional"),
+        (lambda: Subclassed(name="unbuilt"), "Subclassed 'unbuilt'"),
+    ],
+)
+def test_models_without_a_readable_graph_are_refused_by_name(make, says):
+    with pytest.raises(UnsupportedModelError, match=says):
+        graph.trace(make())
