@@ -11,11 +11,13 @@ under a temporary name and renamed.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import tempfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,17 @@ def _normal(name: str, data: bytes) -> bytes:
     return data
 
 
+@contextlib.contextmanager
+def _scratch(folder: str) -> Iterator[None]:
+    """Keras leaves its temporary folder behind when saving fails; let it lie where we clean up."""
+    before = tempfile.tempdir
+    tempfile.tempdir = folder
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
+
+
 def write_keras(model: Any, path: str | os.PathLike[str], *, force: bool = False) -> Path:
     """Save ``model`` (weights and architecture; no optimizer) to ``path``; returns the path.
 
@@ -52,7 +65,8 @@ def write_keras(model: Any, path: str | os.PathLike[str], *, force: bool = False
     ):
         plain = Path(room) / "model.keras"
         try:
-            model.save(plain)
+            with _scratch(room):
+                model.save(plain)
         except OSError:
             raise
         except Exception as error:

@@ -113,6 +113,7 @@ def test_keras_and_onnx_side_by_side(tmp_path, capfd):
     def look(step: Progress) -> None:
         workers = children()
         states.update(workers.values())
+        assert all(os.getpgid(pid) == pid for pid in workers)  # Ctrl-C reaches the caller alone
         if step.phase == "round" and step.round == 1:
             for pid in workers:
                 maps = Path(f"/proc/{pid}/maps").read_text()
@@ -243,8 +244,8 @@ def test_a_worker_that_dies_leaves_the_others_running(small):
 
 @linux
 def test_a_worker_that_hangs_is_ended(tmp_path):
-    (timing,) = bench([Candidate("hangs", endless(tmp_path / "e.onnx"), ORT)], X, timeout=4, **QUICK).timings
-    assert timing.failed == "no answer to warm within 4 s; the worker was ended"
+    (timing,) = bench([Candidate("hangs", endless(tmp_path / "e.onnx"), ORT)], X, timeout=5, **QUICK).timings
+    assert timing.failed == "no answer to warm within 5 s; the worker was ended"
     assert children() == {}
 
 
@@ -265,7 +266,8 @@ CALLER = """
 import numpy as np, sys
 from deploykit.bench import Candidate, bench
 listed = [Candidate(name, sys.argv[1], "onnxruntime-cpu") for name in "ab"]
-bench(listed, {"x": np.ones((1, 64), np.float32)}, threads=1, seconds=100, progress=lambda step: print(step, flush=True))
+x = {"x": np.ones((1, 64), np.float32)}
+bench(listed, x, threads=1, seconds=100, progress=lambda step: print(step, flush=True))
 """
 
 
@@ -329,9 +331,9 @@ def test_threads_are_what_was_asked_for(small):
             (pid,) = children()
             counts[threads] = len(os.listdir(f"/proc/{pid}/task"))
 
-    for threads in (1, 2, 3):
+    for threads in (1, 3):
         bench([Candidate("a", small, ORT, threads)], X, seconds=0.1, processes=1, progress=look)
-    assert counts[2] - counts[1] == counts[3] - counts[2] == 1
+    assert counts[3] - counts[1] == 2
 
 
 NOISY = """
@@ -448,7 +450,7 @@ NOISE = [
     ([rounds(1.0, 30)], False, "warm-up did not settle"),
     ([rounds(1.0, 10)], True, "only 10 rounds"),
     ([rounds(1.0, 15), rounds(1.2, 15)], True, "1.20x the first"),
-    ([rounds(1.0, 1), rounds(1.5, 1)] * 15, True, "spread by"),
+    ([rounds(1.0, 1), rounds(1.5, 1)] * 16, True, "spread by"),
 ]
 
 

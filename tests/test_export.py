@@ -256,14 +256,14 @@ def test_free_sizes_have_names(tmp_path: Path) -> None:
 
 def test_nodes_lead_back_to_layers_even_where_names_look_like_tensorflows_numbering(tmp_path: Path) -> None:
     x = i = image()
-    for name in ("conv", "conv_1", "conv_1_2"):
+    for name in ("conv", "conv_1", "conv__1"):
         x = L.Activation("relu", name=f"act_{name}")(L.Conv2D(4, 3, padding="same", name=name)(x))
     inner = keras.Sequential([L.Input((8, 8, 4)), L.Conv2D(4, 1, name="conv")], name="inner")
-    graph = onnx.load(export(keras.Model(i, inner(x)), tmp_path / "m.onnx").path).graph
+    graph = onnx.load(export(alive(keras.Model(i, inner(x))), tmp_path / "m.onnx").path).graph
     convolutions = [node.name for node in graph.node if node.op_type == "Conv"]
-    assert convolutions == ["conv/Conv", "conv_1/Conv", "conv_1_2/Conv", "inner/conv/Conv"]
+    assert convolutions == ["conv/Conv", "conv_1/Conv", "conv__1/Conv", "inner/conv/Conv"]
     activations = [node.name for node in graph.node if node.op_type == "Relu"]
-    assert activations == ["act_conv/Relu", "act_conv_1/Relu", "act_conv_1_2/Relu"]
+    assert activations == ["act_conv/Relu", "act_conv_1/Relu", "act_conv__1/Relu"]
     assert {"conv/Conv/W", "conv/Conv/B"} <= {constant.name for constant in graph.initializer}
 
 
@@ -295,6 +295,7 @@ TWO_PROCESSES = """
 import sys, keras
 from deploykit.export import export
 folder, run, *names = sys.argv[1:]
+print("imported", file=sys.stderr, flush=True)
 for name in names:
     export(keras.models.load_model(f"{folder}/{name}.keras"), f"{folder}/{name}.{run}.onnx")
 """
@@ -317,8 +318,7 @@ def test_the_same_model_gives_the_same_bytes_in_any_process_and_order_and_prints
     ]
     for process in processes:
         out, err = process.communicate()
-        lines = [line for line in err.splitlines() if "cudart_stub" not in line and "absl::InitializeLog" not in line]
-        assert (process.returncode, out, lines) == (0, "", [])  # those two come from importing TensorFlow
+        assert (process.returncode, out, err.partition("imported\n")[2]) == (0, "", "")
     for name in SAVED:
         first, second = ((tmp_path / f"{name}.{run}.onnx").read_bytes() for run in runs)
         assert first == second, name
@@ -348,7 +348,7 @@ def test_large_models_keep_their_data_beside_them(tmp_path: Path) -> None:
     assert made.bytes == made.path.stat().st_size + data.stat().st_size
     tensors = onnx.load(made.path, load_external_data=False).graph.initializer
     entries = [{e.key: e.value for e in t.external_data} for t in tensors if t.external_data]
-    assert len(entries) >= 4
+    assert len(entries) == 3  # the LSTM's two kernels and the convolution's or the last layer's
     assert all(e["location"] == "m.onnx.data" and int(e["offset"]) % 4096 == 0 for e in entries)
     assert sum(len(t.raw_data) for t in tensors) < 4000
     assert_agree(model, made.path)
@@ -375,7 +375,7 @@ def test_a_failing_check_leaves_no_file_of_either_kind(tmp_path: Path, monkeypat
     broken = onnx.checker.ValidationError("made up")
     monkeypatch.setattr(onnx.checker, "check_model", lambda *_, **__: (_ for _ in ()).throw(broken))
     for limit in (4000, 10**9):
-        with pytest.raises(UnsupportedModelError, match="made an invalid graph of this model .*made up"):
+        with pytest.raises(UnsupportedModelError, match=r"made an invalid graph of this model .*made up"):
             export(large(), tmp_path / "m.onnx", external_above=limit)
     assert list(tmp_path.iterdir()) == []
 
@@ -467,7 +467,7 @@ def test_the_model_and_everything_global_stay_as_they_were(tmp_path: Path) -> No
             keras.config.dtype_policy().name,
             keras.config.floatx(),
             random.getstate(),
-            [str(part) for part in np.random.get_state()],
+            [str(part) for part in np.random.get_state()],  # noqa: NPY002  # the state that must not change
             tf.config.threading.get_intra_op_parallelism_threads(),
             list(warnings.filters),
             tf2onnx.utils.INTERNAL_NAME,

@@ -29,7 +29,7 @@ from deploykit.errors import UnsupportedModelError
 from deploykit.export.tracing import subgraphs
 from deploykit.signature import Signature, TensorSpec
 
-_COUNTER = re.compile(r"__\d+")
+_COUNTER = re.compile(r"__[1-9]\d{6,}")  # tf2onnx's, which starts at `tracing.COUNTER_START`; layers may end in __1
 _CALL = re.compile(r"(Stateful)?PartitionedCall(_\d+)?/")  # inlined calls leave their name behind
 _GRAPHS = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
 
@@ -133,13 +133,13 @@ def _ordered(graph: Any) -> list[Any]:
     return order
 
 
-def _paths(nodes: Sequence[Any], path: Callable[[str], str | None], beginning: str) -> list[str]:
+def _paths(nodes: Sequence[Any], path: Callable[[str], str | None]) -> list[str]:
     """``layer path/ONNX operation`` for every node, not yet unique."""
     layers: list[str | None] = []
     maker: dict[str, int] = {name: i for i, node in enumerate(nodes) for name in node.output if name}
     for node in nodes:
         known = path(_COUNTER.sub("", node.name))
-        known = known if known is None else _CALL.sub("", known).removeprefix(beginning)
+        known = known if known is None else _CALL.sub("", known)
         folder = (known or "").rpartition("/")[0]
         before = (layers[maker[read]] for read in _reads(node) if read in maker)
         layers.append(folder if known is not None else next((layer for layer in before if layer), None))
@@ -177,7 +177,7 @@ def _rename(graph: Any, outer: Mapping[str, str], names: _Names, nodes: Sequence
 
 
 def _canonical_graph(
-    graph: Any, outer: Mapping[str, str], names: _Names, path: Callable[[str], str | None], beginning: str, opset: int
+    graph: Any, outer: Mapping[str, str], names: _Names, path: Callable[[str], str | None], opset: int
 ) -> dict[str, str]:
     """Order and rename a graph and the graphs inside of it, in place; returns the new names of its tensors."""
     _without_identities(graph)
@@ -187,13 +187,13 @@ def _canonical_graph(
         copy.CopyFrom(node)
     del graph.node[:]
     graph.node.extend(kept)
-    own = [names.fresh(name) for name in _paths(kept, path, beginning)]
+    own = [names.fresh(name) for name in _paths(kept, path)]
     new = _rename(graph, outer, names, own, opset)
     for node, name in zip(graph.node, own, strict=True):
         for inner in _inner(node):
             inner.name = f"{name}/body"
             inner_names = {value.name: names.fresh(f"{name}/body/input_{i}") for i, value in enumerate(inner.input)}
-            _canonical_graph(inner, {**new, **inner_names}, names, path, beginning, opset)
+            _canonical_graph(inner, {**new, **inner_names}, names, path, opset)
         reads, makes = [new.get(read, read) for read in node.input], [new.get(made, made) for made in node.output]
         del node.input[:], node.output[:]
         node.input.extend(reads)
@@ -294,7 +294,7 @@ def canonicalise(
     io = {value.name: spec.name for value, spec in zip(graph.input, signature.inputs, strict=False)}
     io |= {value.name: spec.name for value, spec in zip(graph.output, signature.outputs, strict=False)}
     names = _Names([spec.name for spec in signature])
-    new = _canonical_graph(graph, io, names, path, f"{model_name}/", opset)
+    new = _canonical_graph(graph, io, names, path, opset)
     graph.name = model_name
     graph.doc_string = proto.doc_string = ""
     _declare_all(graph, signature)

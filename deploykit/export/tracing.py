@@ -75,7 +75,7 @@ class Frozen:
             rest = f"/{last}{rest}"
             if not known:
                 return rest[1:]
-        return self.paths[known] + rest
+        return (self.paths[known] + rest).removeprefix("/")
 
 
 # ------------------------------------------------------------------------------------------------ silence
@@ -180,9 +180,11 @@ def concrete(model: Any, signature: Signature, paths: dict[str, str]) -> Any:
 
     specs = [tf.TensorSpec(spec.shape, spec.dtype, f"input_{i}") for i, spec in enumerate(signature.inputs)]
     try:
-        return tf.function(traced, autograph=False).get_concrete_function(*specs)
+        function = tf.function(traced, autograph=False).get_concrete_function(*specs)
     except Exception as error:  # whatever the model's layers raise
         raise UnsupportedModelError(f"model {model.name} cannot be traced: {first_line(error)}") from error
+    paths.update((name, f"{path}/".removeprefix(f"{model.name}/")[:-1]) for name, path in paths.items())
+    return function
 
 
 _NOISE = ("Exception encountered", "Arguments received", "Graph execution error", "Detected at node", "File ", "[[")

@@ -155,7 +155,7 @@ def check_names(found: Trace, names: Collection[str], flag: str) -> None:
     known = {node.name for node in found.nodes}
     for name in names:
         if name not in known:
-            near = get_close_matches(name, known, n=3)
+            near = get_close_matches(name, known, n=3, cutoff=0.5)
             hint = f"; did you mean {' or '.join(near)}?" if near else "; `deploykit inspect` lists the layers"
             raise InputError(f"{flag} {name}: the model has no layer of that name{hint}")
 

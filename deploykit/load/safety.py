@@ -191,7 +191,7 @@ def _judge(node: Mapping[str, Any], given: Mapping[str, Any]) -> _Verdict:
     if not isinstance(registered, str):
         raise TypeError(f"registers {name!r} under {type(registered).__name__}, not under a string")
     if name in CODE_CLASSES:
-        harmless = name == "Lambda" and registered == name and _calls_given(node["config"], given)
+        harmless = name == "Lambda" and _calls_given(node["config"], given)
         return _FINE if harmless else _Verdict(code=CODE_CLASSES[name])
     custom = lookup(given, registered)
     if custom is None and module is not None and not _of_keras(module):

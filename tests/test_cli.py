@@ -1,0 +1,384 @@
+"""The command line: every verb, and the whole table of bad input: exit 2, one line, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import h5py
+import keras
+import numpy as np
+import pytest
+from nets import chain, enliven
+
+from deploykit import graph
+from deploykit.cli import main
+
+L = keras.layers
+ROOT = Path(__file__).resolve().parent.parent
+CNN, SAMPLE = ROOT / "models" / "fashion_cnn.keras", ROOT / "models" / "fashion_sample.npz"
+COMMAND = [sys.executable, "-m", "deploykit.cli"]
+
+
+@pytest.fixture
+def cli(capfd):
+    """Run the command line in this process: (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        handler = signal.getsignal(signal.SIGTERM)
+        capfd.readouterr()
+        try:
+            with pytest.raises(SystemExit) as ended:
+                main([str(argument) for argument in arguments])
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+        captured = capfd.readouterr()
+        return ended.value.code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory) -> Path:
+    """A small live model on disk."""
+    path = tmp_path_factory.mktemp("small") / "net.keras"
+    chain((6,), L.Dense(5), L.BatchNormalization(name="bn"), L.ReLU(), L.Dense(3, name="y"), seed=3).save(path)
+    return path
+
+
+def refused(result, *words) -> None:
+    """Exit 2 and exactly one line on stderr that says the words."""
+    code, out, err = result
+    assert code == 2, err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert err.endswith("\n")
+    assert out == ""
+    assert "Traceback" not in err
+    for word in words:
+        assert word in err
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+# ------------------------------------------------------------------------------------------------ the verbs
+
+
+def test_inspect_shows_the_file(cli, small):
+    code, out, err = cli("inspect", small)
+    assert (code, err) == (0, "")
+    assert "1 BatchNormalization" in out
+    assert "x float32 [?, 6]" in out
+
+
+def test_fuse_writes_beside_the_input_and_says_what_went(cli, small, tmp_path):
+    source = tmp_path / "net.keras"
+    source.write_bytes(small.read_bytes())
+    code, out, _ = cli("fuse", source)
+    assert code == 0
+    assert "1 of 1 BatchNormalization" in out
+    model = keras.models.load_model(tmp_path / "net.fused.keras", compile=False)
+    assert not any(isinstance(layer, L.BatchNormalization) for layer in model.layers)
+
+
+def test_dry_run_writes_nothing(cli, small, tmp_path):
+    before = files(small.parent)
+    code, _, _ = cli("fuse", small, "--dry-run", "--json", tmp_path / "report.json")
+    assert code == 0
+    assert files(small.parent) == before
+    assert json.loads((tmp_path / "report.json").read_text())["outputs_written"] == []
+
+
+FUSE_KEYS = {"affines", "decisions", "params", "exactness_f64", "exactness_bound", "exactness_stored"}
+COMMON_KEYS = {"schema", "deploykit", "proven", "environment", "seconds", "model", "outputs_written", "notices"}
+
+
+def test_json_on_stdout_is_all_of_stdout(cli, small, tmp_path):
+    code, out, err = cli("fuse", small, "-o", tmp_path / "f.keras", "--json", "-")
+    report = json.loads(out)
+    assert (code, err) == (0, "")
+    assert report["schema"] == "deploykit.fuse/1"
+    assert set(report) >= COMMON_KEYS | FUSE_KEYS
+    assert report["affines"]["by_kind"]["BatchNormalization"] == {"total": 1, "fused": 1, "reduced": 0, "kept": 0}
+    assert set(report["decisions"][0]) >= {"layer", "kind", "outcome", "direction", "into", "through", "code", "reason"}
+    assert report["proven"] is True
+
+
+def test_keep_and_barrier_reach_the_plan(cli, small, tmp_path):
+    for flag, name, code_word in (("--keep", "bn", "kept_by_user"), ("--barrier", "bn", "barrier")):
+        _, out, _ = cli("fuse", small, "--dry-run", flag, name, "--json", "-")
+        assert json.loads(out)["decisions"][0]["code"] == code_word
+    refused(cli("fuse", small, "--dry-run", "--keep", "bm"), "bm", "did you mean bn")
+
+
+def test_export_and_check(cli, small, tmp_path):
+    target = tmp_path / "net.onnx"
+    code, out, _ = cli("export", small, "-o", target)
+    assert code == 0
+    assert "equivalent" in out
+    code, out, err = cli("check", small, target, "--json", "-")
+    report = json.loads(out)
+    assert (code, err) == (0, "")
+    assert report["schema"] == "deploykit.check/1"
+    assert report["passed"]
+    assert report["reference"]["precision"] == "float64"
+    output = report["comparisons"][0]["outputs"][0]
+    expected = "name passed snr_db reference_snr_db max_abs max_rel cosine top1_agreement smallest_rtol smallest_atol"
+    assert set(output) >= {*expected.split(), "worst_sample", "worst_index", "reason"}
+
+
+@pytest.mark.parametrize("batch", ["dynamic", "4"])
+def test_export_batch(cli, small, tmp_path, batch):
+    import onnxruntime
+
+    code, _, _ = cli("export", small, "-o", tmp_path / "n.onnx", "--batch", batch, "--no-fuse", "--opset", "17", "-q")
+    assert code == 0
+    session = onnxruntime.InferenceSession(tmp_path / "n.onnx")
+    assert session.get_inputs()[0].shape[0] == ("batch" if batch == "dynamic" else 4)
+
+
+def test_check_fails_on_another_model_and_says_where(cli, small, tmp_path):
+    other = tmp_path / "other.keras"
+    model = keras.models.load_model(small)
+    model.get_layer("y").kernel.assign_add(np.full(model.get_layer("y").kernel.shape, 1e-3, np.float32))
+    model.save(other)
+    code, out, err = cli("check", small, other)
+    assert code == 1
+    assert "DIFFERS" in out
+    assert err.count("\n") == 1
+    assert "not equivalent" in err
+
+
+def test_rtol_and_atol_replace_the_policy(cli, small, tmp_path):
+    other = tmp_path / "other.keras"
+    model = keras.models.load_model(small)
+    model.get_layer("y").bias.assign_add(np.full(3, 1e-3, np.float32))
+    model.save(other)
+    assert cli("check", small, other, "--atol", "0.002", "-q")[0] == 0
+    assert cli("check", small, other, "--atol", "0.0005", "-q")[0] == 1
+    refused(cli("check", small, other, "--rtol", "-1"), "rtol")
+
+
+def test_names_of_models_may_hold_anything_a_terminal_would_interpret(cli, small, tmp_path):
+    odd = tmp_path / "[bold]a b[red].keras"
+    odd.write_bytes(small.read_bytes())
+    code, out, _ = cli("inspect", odd)
+    assert code == 0
+    assert "[bold]a b[red].keras" in out.replace("\n", "")
+
+
+# ------------------------------------------------------------------------------------------------- bad input
+
+
+def truncated(small: Path, path: Path) -> None:
+    path.write_bytes(small.read_bytes()[:-2000])
+
+
+def zip_without_model(small: Path, path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("hello.txt", "hello")
+
+
+def hdf5_weights(small: Path, path: Path) -> None:
+    model = keras.models.load_model(small)
+    weights = path.with_name("w.weights.h5")
+    model.save_weights(weights)
+    weights.rename(path)
+
+
+@keras.saving.register_keras_serializable("elsewhere")
+class Unknown(L.Layer):
+    def call(self, x):
+        return x * 2
+
+
+def custom_layer(small: Path, path: Path) -> None:
+    chain((6,), L.Dense(2), Unknown(name="odd_one")).save(path)
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    members["config.json"] = members["config.json"].replace(b"Unknown", b"Stranger")
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+
+
+def lambda_layer(small: Path, path: Path) -> None:
+    x = keras.Input((6,), name="x")
+    keras.Model(x, L.Lambda(lambda t: t * 2, output_shape=(6,), name="code")(L.Dense(6)(x))).save(path)
+
+
+def spectral(small: Path, path: Path) -> None:
+    x = keras.Input((6,), name="x")
+    enliven(keras.Model(x, L.BatchNormalization()(L.SpectralNormalization(L.Dense(4), name="sn")(x)))).save(path)
+
+
+def lora(small: Path, path: Path) -> None:
+    model = chain((6,), L.Dense(4, name="adapted"), L.BatchNormalization())
+    model.get_layer("adapted").enable_lora(2)
+    model.save(path)
+
+
+def quantized(small: Path, path: Path) -> None:
+    model = chain((6,), L.Dense(4, name="narrow"), L.BatchNormalization())
+    model.quantize("int8")
+    model.save(path)
+
+
+def nan_weights(small: Path, path: Path) -> None:
+    model = keras.models.load_model(small)
+    model.get_layer("y").kernel.assign(np.full(model.get_layer("y").kernel.shape, np.nan, np.float32))
+    model.save(path)
+
+
+BAD = {
+    "missing file": (lambda small, path: None, "m.keras", ["m.keras"]),
+    "folder": (lambda small, path: path.mkdir(), "m", ["folder"]),
+    "empty file": (lambda small, path: path.write_bytes(b""), "m.keras", ["empty"]),
+    "truncated": (truncated, "m.keras", ["m.keras"]),
+    "zip that is no model": (zip_without_model, "m.keras", ["m.keras"]),
+    "weights only": (hdf5_weights, "m.h5", ["weights"]),
+    "custom layer": (custom_layer, "m.keras", ["Stranger", "--custom-objects"]),
+    "lambda": (lambda_layer, "m.keras", ["code", "--allow-code"]),
+    "lambda in HDF5": (lambda_layer, "m.h5", ["code", "--allow-code"]),
+    "SpectralNormalization": (spectral, "m.keras", ["sn", "SpectralNormalization"]),
+    "LoRA": (lora, "m.keras", ["adapted", "LoRA"]),
+    "int8": (quantized, "m.keras", ["narrow", "quantized"]),
+    "NaN": (nan_weights, "m.keras", ["y"]),
+}
+
+
+@pytest.mark.parametrize("row", BAD)
+def test_bad_models_are_refused_in_one_line(cli, small, tmp_path, row):
+    make, name, words = BAD[row]
+    path = tmp_path / name
+    make(small, path)
+    before = files(tmp_path)
+    refused(cli("fuse", path, "-o", tmp_path / "out" / "f.keras"), *words)
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize("verb", ["inspect", "export", "deploy", "check"])
+def test_every_verb_refuses_a_missing_file(cli, small, tmp_path, verb):
+    more = {"deploy": ["-o", tmp_path / "b"], "check": [small]}.get(verb, [])
+    refused(cli(verb, tmp_path / "none.keras", *more), "none.keras")
+
+
+def test_inspect_still_reports_nan(cli, small, tmp_path):
+    nan_weights(small, tmp_path / "m.keras")
+    code, out, _ = cli("inspect", tmp_path / "m.keras")
+    assert code == 0
+    assert "health" in out
+    assert "NaN" in out or "nan" in out
+
+
+@pytest.mark.parametrize("verb", ["fuse", "export", "deploy"])
+def test_an_existing_output_needs_force(cli, small, tmp_path, verb):
+    target = tmp_path / "there"
+    target.write_text("mine")
+    refused(cli(verb, small, "-o", target), "--force")
+    assert target.read_text() == "mine"
+
+
+@pytest.mark.parametrize("verb", ["fuse", "export", "deploy"])
+def test_an_output_below_a_file_is_refused(cli, small, tmp_path, verb):
+    (tmp_path / "file").write_text("x")
+    refused(cli(verb, small, "-o", tmp_path / "file" / "below"), "file")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["fuse"],
+        ["fuze"],
+        ["fuse", "{small}", "--nonsense"],
+        ["export", "{small}", "--batch", "zero"],
+        ["export", "{small}", "--opset", "99"],
+        ["fuse", "{small}", "--image-size", "12"],
+        ["bench", "{small}", "--batch", "1,x"],
+        ["check", "{small}"],
+        ["check", "{small}", "{small}", "--runtime", "abacus"],
+        ["deploy", "{small}"],
+        ["fuse", "{small}", "--dry-run", "--data", "nowhere.npz"],
+        ["fuse", "{small}", "--dry-run", "--json", "/dev/null/report.json"],
+    ],
+)
+def test_bad_usage_is_one_line(cli, small, arguments):
+    refused(cli(*[argument.format(small=small) for argument in arguments]))
+
+
+# ------------------------------------------------------------------------------------------- real processes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", ["fuse", "deploy"])
+def test_a_disk_that_fills_leaves_nothing(tmp_path, verb):
+    """A file size limit stands in for a full disk; Python turns the signal into an OSError."""
+    target = tmp_path / "out"
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    command = [*COMMAND, verb, str(CNN), "-o", str(target), "--seconds", "0.5"][: None if verb == "deploy" else -2]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit, env=environment, check=False)
+    refused((done.returncode, done.stdout, done.stderr), "large")
+    assert files(tmp_path) == set()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after_s", [2.0, 6.0, 12.0])
+def test_ctrl_c_leaves_nothing(tmp_path, after_s):
+    target = tmp_path / "bundle"
+    command = [*COMMAND, "deploy", str(CNN), "-o", str(target), "--seconds", "30"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    time.sleep(after_s)
+    job.send_signal(signal.SIGINT)
+    _, err = job.communicate(timeout=60)
+    assert job.returncode == 130, err
+    assert err.count("\n") <= 1
+    assert files(tmp_path) == set()
+
+
+def test_help_and_version_are_quick():
+    """No TensorFlow: both answer in a small part of the time that importing TensorFlow takes."""
+
+    def seconds(command):
+        start = time.perf_counter()
+        subprocess.run(command, check=True, capture_output=True)
+        return time.perf_counter() - start
+
+    tensorflow = seconds([sys.executable, "-c", "import tensorflow"])
+    for flag in ("--help", "--version"):
+        assert min(seconds([*COMMAND, flag]) for _ in range(3)) < tensorflow / 2
+
+
+def test_the_launcher_works_from_a_checkout():
+    done = subprocess.run([sys.executable, ROOT / "cli.py", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("deploykit ")
+
+
+def test_weights_file_is_filled_in(cli, small, tmp_path):
+    model = keras.models.load_model(small)
+    model.get_layer("y").bias.assign(np.array([7, 8, 9], np.float32))
+    model.save_weights(tmp_path / "w.weights.h5")
+    cli("fuse", small, "--weights", tmp_path / "w.weights.h5", "-o", tmp_path / "f.keras", "-q")
+    bias = graph.numpy(keras.models.load_model(tmp_path / "f.keras").get_layer("y").bias)
+    np.testing.assert_array_equal(bias, [7, 8, 9])
+
+
+def test_hdf5_is_read_whatever_its_extension(cli, small, tmp_path):
+    keras.models.load_model(small).save(tmp_path / "m.h5")
+    with h5py.File(tmp_path / "m.h5") as file:
+        assert "model_config" in file.attrs
+    (tmp_path / "m.h5").rename(tmp_path / "m.model")
+    assert cli("fuse", tmp_path / "m.model", "--dry-run", "-q")[0] == 0
