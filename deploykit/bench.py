@@ -115,13 +115,17 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Progress:
-    """What happens next: ``phase`` is "load", "warm" or "round"; ``process`` and ``round`` count from 1."""
+    """What happens next: ``phase`` is "load", "warm" or "round".
+
+    ``rounds`` of at most ``limit`` are done by the candidate's processes number ``process``, counted from 1.
+    """
 
     candidate: str
     batch: int
     phase: str
+    rounds: int
+    limit: int
     process: int
-    round: int
 
 
 @dataclass(frozen=True)
@@ -417,15 +421,16 @@ def _turns(
 ) -> None:
     """Start a process for each candidate, warm it up, and measure rounds while the stage's time lasts."""
 
-    def take(lane: _Lane, phase: str, number: int) -> None:
+    stage = FIRST if process == 1 else LATER
+
+    def take(lane: _Lane, phase: str, rounds: int) -> None:
         if lane.failed is None:
-            tell(Progress(lane.candidate.name, lane.batch, phase, process, number))
+            tell(Progress(lane.candidate.name, lane.batch, phase, rounds, stage.most, process))
             getattr(lane, phase)()
 
     for place in next(schedule(len(lanes), seed)):  # who starts first could matter
         take(lanes[place], "load", 0)
         take(lanes[place], "warm", 0)
-    stage = FIRST if process == 1 else LATER
     begin = time.perf_counter()
     for done, order in enumerate(schedule(len(lanes), (*seed, 1))):
         alive = sum(lane.failed is None for lane in lanes)
@@ -433,7 +438,7 @@ def _turns(
         if not alive or done == stage.most or (done >= stage.least and done % 2 == 0 and spent):
             return
         for place in order:
-            take(lanes[place], "round", done + 1)
+            take(lanes[place], "round", done)
 
 
 class _Lane:

@@ -82,7 +82,8 @@ def export(
         large = tracing.frozen_bytes(function) > external_above
         if large:
             claim(_data_path(path), force=force)
-        frozen = tracing.freeze(function, paths, large=large)
+        outside = max(tracing.SMALL_CONSTANT_BYTES, external_above // 2000) if large else None
+        frozen = tracing.freeze(function, paths, outside_bytes=outside)
         proto, contents, notices = tracing.convert(frozen, opset, records)
         new = canonical.canonicalise(proto, signature, _known(frozen), model.name, opset)
     contents = {new[name]: content for name, content in contents.items() if name in new}
@@ -216,7 +217,7 @@ def _write(proto: Any, contents: dict[str, bytes], path: Path, *, force: bool, e
     """Check and write a model; returns the bytes on disk and whether there is external data."""
     if not contents and sum(len(constant.raw_data) for constant in proto.graph.initializer) > external_above:
         for constant in proto.graph.initializer:
-            if len(constant.raw_data) > tracing.LARGE_CONSTANT_BYTES:
+            if len(constant.raw_data) > tracing.SMALL_CONSTANT_BYTES:
                 contents[constant.name] = constant.raw_data
                 constant.ClearField("raw_data")
     external = bool(contents)

@@ -19,9 +19,11 @@ scalar and raises (a hard-swish after a convolution does it), losing every trans
 ours sends scalars the general way. tf2onnx logs instead of raising; the log is read and what matters
 becomes an error or a notice.
 
-Large models: nothing above 2 GB fits into a protobuf message, so large constants leave the graph
-while TensorFlow optimises it (placeholders stand in) and stay outside the message to the end. What
-TensorFlow and tf2onnx would have folded into these constants stays in the graph.
+Large models: nothing above 2 GB fits into a protobuf message, so large constants leave the graph before
+TensorFlow optimises it and stay outside to the end. For TensorFlow and tf2onnx they are inputs; in the
+ONNX graph they become constants again, whose content is written beside the model. What would have been
+folded into them stays in the graph: a transposed kernel as a Transpose (which ONNX Runtime folds when it
+loads the file), a recurrent layer with such large kernels as a Loop.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ from tf2onnx.optimizer.transpose_optimizer import TransposeOptimizer, invert_per
 from deploykit.errors import InputError, UnsupportedModelError
 from deploykit.signature import Signature
 
-LARGE_CONSTANT_BYTES = 1024  # constants up to this size may hold shapes and axes, and always stay in the graph
+SMALL_CONSTANT_BYTES = 1024  # constants up to this size may hold shapes and axes, and always stay in the graph
 OPSETS = range(13, max(tf2onnx.constants.OPSET_TO_IR_VERSION) + 1)
 
 COUNTER_START = 1_000_000  # of as many digits as any later number, so that names sort as numbers do
@@ -65,7 +67,7 @@ class Frozen:
     inputs: tuple[str, ...]  # tensor names, in the order of the signature
     outputs: tuple[str, ...]
     paths: Mapping[str, str]
-    constants: Mapping[str, bytes] = field(default_factory=dict)  # content that left the graph, by node name
+    constants: Mapping[str, bytes] = field(default_factory=dict)  # content of the placeholders that were constants
 
     def path(self, name: str) -> str:
         """The path of an operation, or of one that was made from it (longest known beginning)."""
@@ -224,13 +226,16 @@ def _is_compiled(function: Any) -> bool:
     return "_XlaMustCompile" in function.attr and bool(function.attr["_XlaMustCompile"].b)
 
 
-def freeze(function: Any, paths: Mapping[str, str], *, large: bool) -> Frozen:
-    """Turn captures into constants and let TensorFlow inline, fold and prune the graph."""
+def freeze(function: Any, paths: Mapping[str, str], *, outside_bytes: int | None = None) -> Frozen:
+    """Turn captures into constants and let TensorFlow inline, fold and prune the graph.
+
+    Constants larger than ``outside_bytes`` become placeholders (None: no constant does).
+    """
     own = len(function.inputs) - len(function.captured_inputs)
     inputs = tuple(tensor.name for tensor in function.inputs[:own])
     outputs = tuple(tensor.name for tensor in function.outputs)
     try:
-        if large:
+        if outside_bytes is not None:
             graph_def = tf_loader.convert_variables_to_constants_large_model(function)
         else:
             try:
@@ -240,44 +245,27 @@ def freeze(function: Any, paths: Mapping[str, str], *, large: bool) -> Frozen:
                 graph_def = tf_loader.convert_variables_to_constants_large_model(function)
         graph_def = tf_loader.fix_freezing_errors_part2(tf_loader.fix_freezing_errors(graph_def))
         _uncompile(graph_def)
-        constants = _take_out(graph_def) if large else {}
+        constants = {} if outside_bytes is None else _take_out(graph_def, outside_bytes)
         with tf.Graph().as_default():  # the optimizer imports the graph into the current one
             graph_def = tf_loader.tf_optimize(list(inputs), list(outputs), graph_def)
-        _put_back(graph_def, constants)
         _lower(graph_def)
     except UnsupportedModelError:
         raise
     except Exception as error:  # TensorFlow raises ValueError, RuntimeError and its own classes here
         raise UnsupportedModelError(f"TensorFlow cannot freeze the model: {first_line(error)}") from error
-    contents = {name: node.attr["value"].tensor.tensor_content for name, node in constants.items()}
-    return Frozen(graph_def, inputs, outputs, paths, contents)
+    return Frozen(graph_def, inputs, outputs, paths, constants)
 
 
-def _take_out(graph_def: Any) -> dict[str, Any]:
-    """Replace large constants by placeholders; return the constants by name."""
-    taken: dict[str, Any] = {}
+def _take_out(graph_def: Any, outside_bytes: int) -> dict[str, bytes]:
+    """Replace large constants by placeholders of their shape; return their content by name."""
+    taken: dict[str, bytes] = {}
     for node in graph_def.node:
-        if node.op == "Const" and len(node.attr["value"].tensor.tensor_content) > LARGE_CONSTANT_BYTES:
-            constant = type(node)()
-            constant.CopyFrom(node)
-            taken[node.name] = constant
+        if node.op == "Const" and len(node.attr["value"].tensor.tensor_content) > outside_bytes:
+            taken[node.name] = node.attr["value"].tensor.tensor_content
             node.op = "Placeholder"
-            node.attr["shape"].shape.CopyFrom(constant.attr["value"].tensor.tensor_shape)
+            node.attr["shape"].shape.CopyFrom(node.attr["value"].tensor.tensor_shape)
             del node.attr["value"]
     return taken
-
-
-def _put_back(graph_def: Any, constants: Mapping[str, Any]) -> None:
-    """Turn the placeholders into constants again, whose content stays outside."""
-    for node in graph_def.node:
-        constant = constants.get(node.name)
-        if constant is not None:
-            tensor = constant.attr["value"].tensor
-            node.op = "Const"
-            del node.attr["shape"]
-            value = node.attr["value"].tensor
-            value.dtype = tensor.dtype
-            value.tensor_shape.CopyFrom(tensor.tensor_shape)
 
 
 # -------------------------------------------------------------------------------------------------- lower
@@ -384,33 +372,6 @@ class _OrderedMerges(MergeDuplicatedNodesOptimizer):  # type: ignore[misc]  # tf
         super()._merge_nodes_that_are_duplicated(nodes_to_process, graph)  # its own sorting is stable
 
 
-class _Outside(dict[Any, Any]):
-    """Stands in for tf2onnx's external storage: large constants are named, and given back by `contents`.
-
-    tf2onnx asks this dict whether it has already moved a node's value out; the answer is computed here
-    (its own computation uses a function that numpy 2 no longer has).
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.contents: dict[str, bytes] = {}
-        self.node_to_modified_value_attr = self
-
-    def __contains__(self, node: object) -> bool:
-        return True
-
-    def __getitem__(self, node: Any) -> Any:
-        attribute = node.attr["value"]
-        if attribute.type != onnx.AttributeProto.TENSOR or len(attribute.t.raw_data) <= LARGE_CONSTANT_BYTES:
-            return attribute
-        name = node.output[0]
-        self.contents[name] = attribute.t.raw_data
-        named = onnx.AttributeProto(name=attribute.name, type=onnx.AttributeProto.TENSOR)
-        named.t.data_type = attribute.t.data_type
-        named.t.dims.extend(attribute.t.dims)
-        return named
-
-
 OURS = {TransposeOptimizer: _Transposes, MergeDuplicatedNodesOptimizer: _OrderedMerges}
 
 
@@ -447,7 +408,7 @@ def _consumers_in_order(graph: Any) -> None:
 
 
 def _convert(frozen: Frozen, opset: int, *, tolerant: bool) -> tuple[Any, dict[str, bytes]]:
-    outside = _Outside() if frozen.constants else None
+    outside = [f"{name}:0" for name in frozen.constants]
     try:
         with tf.Graph().as_default() as graph, tf.device("/cpu:0"), _fixed_counter():
             tf.import_graph_def(frozen.graph_def, name="")
@@ -455,18 +416,23 @@ def _convert(frozen: Frozen, opset: int, *, tolerant: bool) -> tuple[Any, dict[s
                 graph,
                 continue_on_error=True,  # what failed is read from the log, operation by operation
                 opset=opset,
-                input_names=list(frozen.inputs),
+                input_names=[*frozen.inputs, *outside],
                 output_names=list(frozen.outputs),
-                const_node_values=dict(frozen.constants) or None,
             )
             if not tolerant:  # which works on copies
                 _consumers_in_order(parsed)
             optimised = tf2onnx_optimizer.optimize_graph(parsed, catch_errors=tolerant, optimizers=_optimizers())
             _group(optimised)
-            proto = optimised.make_model("", external_tensor_storage=outside)
+            proto = optimised.make_model("")
     finally:
         tf_loader.clear_functions()
-    return proto, {} if outside is None else outside.contents
+    for value in proto.graph.input[len(frozen.inputs) :]:
+        kind = value.type.tensor_type
+        proto.graph.initializer.add(
+            name=value.name, data_type=kind.elem_type, dims=[dim.dim_value for dim in kind.shape.dim]
+        )
+    del proto.graph.input[len(frozen.inputs) :]
+    return proto, dict(zip(outside, frozen.constants.values(), strict=True))
 
 
 def convert(frozen: Frozen, opset: int, records: list[logging.LogRecord]) -> tuple[Any, dict[str, bytes], list[str]]:

@@ -156,7 +156,7 @@ def check(report: Json, console: Console) -> None:
 
 
 def _bench_table(bench: Json) -> RenderableType:
-    table = _table("candidate", "batch", "median", "p90", "time / last", "95 % interval", "verdict", right=[1, 2, 3, 4])
+    table = _table("candidate", "batch", "median", "p90", "ratio", "95 % interval", "", right=[1, 2, 3, 4])
     candidates = bench["candidates"]
     settings = list(dict.fromkeys((c["batch"], c["threads"]) for c in candidates))
     for batch, threads in settings:
@@ -177,9 +177,14 @@ def _bench_table(bench: Json) -> RenderableType:
                 milliseconds(latency["p90"]),
                 "" if c is last else ratio(value),
                 f"[{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "",
-                verdict if c is not last else "",
+                _said(verdict, last["name"]) if c is not last else "",
             )
     return table
+
+
+def _said(verdict: str, last: str) -> str:
+    """A verdict on a row, as a phrase about the last one: the ratio is time / time of the last."""
+    return {"slower": f"{last} is faster", "faster": f"{last} is slower"}.get(verdict, verdict)
 
 
 def bench(report: Json, console: Console) -> None:
@@ -248,8 +253,8 @@ def deploy(report: Json, console: Console) -> None:
     rows.append(("time", _bench_table(report["bench"])))
     threads = report["bench"]["candidates"][0]["threads"]
     rows.append(("", escape(f"on {report['environment'].get('cpu', '?')}, {count(threads, 'thread')}, batch 1")))
-    files = ", ".join(f"{f['name']} {size(f['bytes'])}" for f in report["files"][:3])
-    rows.append(("bundle", escape(f"{report['bundle']}: {files}, and {len(report['files']) - 3} more files")))
+    files = ", ".join(f"{f['name']} {size(f['bytes'])}" for f in report["files"])
+    rows.append(("bundle", escape(f"{report['bundle']}: {files}; verify.py, golden data, report.html, README.md")))
     rows.append(("", escape(f"prove it on the target: python {report['bundle']}/verify.py")))
     rows += _notices(report)
     rows.append(("seconds", f"{report['seconds']['total']:.1f}  ({_seconds(report)})"))

@@ -1,0 +1,36 @@
+"""Documents that are made from tables stay equal to them."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import deploykit
+from deploykit.fuse import CODES
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_the_table_of_codes_is_the_table_in_the_code():
+    rows = re.findall(r"^\| `(\w+)` \| (.+) \|$", (ROOT / "docs" / "decisions.md").read_text(), re.M)
+    assert dict(rows) == CODES
+
+
+def test_the_changelog_knows_this_version():
+    assert f"## {deploykit.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_readme_names_every_command():
+    from deploykit.cli import app
+
+    names = {(command.name or command.callback.__name__) for command in app.registered_commands}
+    readme = (ROOT / "README.md").read_text()
+    assert {name for name in names if f"deploykit {name}" not in readme} == set()
+
+
+def test_every_extra_that_a_message_names_exists():
+    extras = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
+    sources = "".join(path.read_text() for path in (ROOT / "deploykit").rglob("*.py"))
+    assert set(re.findall(r"deploykit\[(\w+)\]", sources)) <= extras
+    assert extras >= {"gpu", "openvino", "litert", "legacy", "report", "dev"}
