@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import random
+import re
 import subprocess
 import sys
 import warnings
@@ -115,9 +116,10 @@ def adapted_squeeze_and_excite() -> keras.Model:
 
 
 @net
-def hard_swish() -> keras.Model:
-    x = L.Conv2D(8, 3, use_bias=False)(i := image())
-    return keras.Model(i, L.Conv2D(3, 3)(x * L.ReLU(6.0)(x + 3.0) / 6.0))
+def scalar_after_convolution() -> keras.Model:
+    """As in a hard swish: relu6(conv(x) + 3)."""
+    x = L.ReLU(6.0)(L.Rescaling(1.0, offset=3.0)(L.Conv2D(8, 3, use_bias=False)(i := image())))
+    return keras.Model(i, L.Conv2D(3, 3)(x))
 
 
 @net
@@ -274,8 +276,8 @@ def test_layer_names_that_tensorflow_refuses_are_exported(tmp_path: Path) -> Non
     assert {"_dichte 1/MatMul", "dense é/MatMul"} <= {node.name for node in graph.node}
 
 
-def test_the_transposes_around_a_hard_swish_are_removed(tmp_path: Path) -> None:
-    graph = onnx.load(export(hard_swish(), tmp_path / "m.onnx").path).graph
+def test_a_scalar_does_not_keep_transposes_in_the_graph(tmp_path: Path) -> None:
+    graph = onnx.load(export(scalar_after_convolution(), tmp_path / "m.onnx").path).graph
     assert Counter(node.op_type for node in graph.node)["Transpose"] == 2  # in and out
 
 
@@ -286,10 +288,24 @@ def test_metadata_is_written_in_order(tmp_path: Path) -> None:
     ]
 
 
-SAVED = {name: NETS[name] for name in (
-    "adapted_squeeze_and_excite", "one_tensor_as_many_outputs", "masked_embedding", "convolutional_lstm",
-    "bidirectional_gru_of_any_length", "attention_with_exact_gelu", "hard_swish",
-)}  # fmt: skip
+def mobilenet() -> keras.Model:
+    return keras.applications.MobileNetV3Small((32, 32, 3), weights=None)
+
+
+SAVED: dict[str, Net] = {
+    build.__name__: build
+    for build in (
+        adapted_squeeze_and_excite,
+        attention_with_exact_gelu,
+        bidirectional_gru_of_any_length,
+        convolutional_lstm,
+        masked_embedding,
+        mixed_float16,
+        mobilenet,
+        one_tensor_as_many_outputs,
+        scalar_after_convolution,
+    )
+}
 
 TWO_PROCESSES = """
 import sys, keras
@@ -322,6 +338,7 @@ def test_the_same_model_gives_the_same_bytes_in_any_process_and_order_and_prints
     for name in SAVED:
         first, second = ((tmp_path / f"{name}.{run}.onnx").read_bytes() for run in runs)
         assert first == second, name
+        assert re.search(rb"__\d{5,}", first) is None, f"{name} holds a name numbered by tf2onnx"
 
 
 def test_the_same_model_gives_the_same_bytes_twice(tmp_path: Path) -> None:
@@ -369,6 +386,21 @@ def test_external_data_is_not_overwritten_without_force_and_a_failure_leaves_wha
     with pytest.raises(OutputError, match=r"m.onnx.data exists already"):
         export(large(), tmp_path / "m.onnx", external_above=4000)
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("m.onnx.data", "mine")]
+
+
+def test_a_model_never_stands_beside_data_that_is_not_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    export(large(), tmp_path / "m.onnx", external_above=4000)
+    rename = os.replace
+
+    def fails_for_the_model(source: Any, target: Any) -> None:
+        if Path(target).suffix == ".onnx":
+            raise OSError(5, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", fails_for_the_model)
+    with pytest.raises(OutputError, match="input/output error"):
+        export(large(), tmp_path / "m.onnx", external_above=4000, force=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failing_check_leaves_no_file_of_either_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -484,12 +516,17 @@ def test_the_model_and_everything_global_stay_as_they_were(tmp_path: Path) -> No
     assert state() == before
 
 
-def test_what_others_log_meanwhile_is_passed_on(caplog: pytest.LogCaptureFixture) -> None:
+def test_what_others_log_meanwhile_is_passed_on(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = logging.getLogger("tf2onnx")
+    monkeypatch.setattr(theirs, "handlers", [caplog.handler])  # even where somebody listens to it
     with tracing.recorded() as records:
         logging.getLogger("elsewhere").warning("heard")
         logging.getLogger("tf2onnx.tfonnx").warning("kept")
     assert [record.message for record in caplog.records] == ["heard"]
     assert [record.msg for record in records] == ["kept"]
+    assert theirs.handlers == [caplog.handler]
 
 
 def test_an_optimizer_that_fails_is_a_notice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -497,7 +534,7 @@ def test_an_optimizer_that_fails_is_a_notice(tmp_path: Path, monkeypatch: pytest
         raise ValueError("made up")
 
     monkeypatch.setattr(tracing._Transposes, "_add_handler", fail)
-    made = export(model := alive(hard_swish()), tmp_path / "m.onnx")
+    made = export(model := alive(scalar_after_convolution()), tmp_path / "m.onnx")
     assert [notice.partition(";")[0] for notice in made.notices] == ["an optimizer of tf2onnx failed and was skipped"]
     assert_agree(model, made.path)
 
@@ -507,7 +544,12 @@ def test_an_optimizer_that_fails_is_a_notice(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize(
     ("build", "kind"),
-    [(mlp, "stock"), (dicts, "stock"), (hard_swish, "stock"), (adapted_squeeze_and_excite, "stock, captures frozen")],
+    [
+        (mlp, "stock"),
+        (dicts, "stock"),
+        (scalar_after_convolution, "stock"),
+        (adapted_squeeze_and_excite, "stock, captures frozen"),
+    ],
 )
 def test_stock_is_what_tf2onnx_makes_or_that_with_frozen_captures(
     build: Net, kind: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]

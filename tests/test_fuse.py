@@ -286,6 +286,44 @@ def test_scale_without_shift_passes_padding():
     assert away(fused(model))
 
 
+def adapted():
+    layer = L.Normalization()
+    layer.adapt(np.random.default_rng(0).normal(3, 2, (50, 6)).astype(np.float32))
+    return layer
+
+
+SOURCES = {
+    "Normalization adapted": adapted,
+    "Normalization given": lambda: L.Normalization(mean=[0.3] * 6, variance=[1.7] * 6),
+    "Normalization by one number": lambda: L.Normalization(axis=None, mean=0.3, variance=1.7),
+    "Normalization clamped": lambda: L.Normalization(mean=[0.0] * 6, variance=[1e-3] * 5 + [0.0]),
+    "Normalization inverted": lambda: L.Normalization(mean=[0.3] * 6, variance=[1.7] * 6, invert=True),
+    "Rescaling": lambda: L.Rescaling(1 / 127.5, offset=-1),
+    "Rescaling per channel": lambda: L.Rescaling([0.1, -0.2, 0.3, 0.4, 0.5, 0.6], offset=[1, 2, 3, 4, 5, 6]),
+}
+
+
+@pytest.mark.parametrize("row", SOURCES)
+def test_other_sources_fold_into_the_first_layer(row):
+    x = keras.Input((6,), name="x")
+    model = enliven(keras.Model(x, L.Dense(3, activation=RELU)(SOURCES[row]()(x))))
+    samples = inputs_for(model)
+    if row == "Normalization clamped":  # x / 1e-7 costs digits in any order: exactness is what counts here
+        samples["x"][:, 5] *= 1e-6
+    assert away(fused(model, samples=samples))
+
+
+def test_a_normalization_along_several_axes_is_refused_by_name():
+    x = keras.Input((4, 6), name="x")
+    layer = L.Normalization(axis=(1, 2), mean=np.zeros((4, 6)), variance=np.ones((4, 6)))
+    assert fuse(enliven(keras.Model(x, L.Dense(3)(layer(x)))), prove=False).decisions[0].code == "unsupported_option"
+
+
+def test_renorm_is_refused_by_name():
+    model = chain((6,), L.Dense(5), BN(renorm=True), L.ReLU())
+    assert fuse(model, prove=False).decisions[0].code == "unsupported_option"
+
+
 def test_forward_fold_into_all_readers():
     x = keras.Input((6,), name="x")
     y = BN()(L.ReLU()(x))

@@ -29,7 +29,6 @@ from deploykit.errors import UnsupportedModelError
 from deploykit.export.tracing import subgraphs
 from deploykit.signature import Signature, TensorSpec
 
-_COUNTER = re.compile(r"__[1-9]\d{6,}")  # tf2onnx's, which starts at `tracing.COUNTER_START`; layers may end in __1
 _CALL = re.compile(r"(Stateful)?PartitionedCall(_\d+)?/")  # inlined calls leave their name behind
 _GRAPHS = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
 
@@ -138,7 +137,7 @@ def _paths(nodes: Sequence[Any], path: Callable[[str], str | None]) -> list[str]
     layers: list[str | None] = []
     maker: dict[str, int] = {name: i for i, node in enumerate(nodes) for name in node.output if name}
     for node in nodes:
-        known = path(_COUNTER.sub("", node.name))
+        known = path(node.name)
         known = known if known is None else _CALL.sub("", known)
         folder = (known or "").rpartition("/")[0]
         before = (layers[maker[read]] for read in _reads(node) if read in maker)

@@ -44,7 +44,6 @@ import tf2onnx
 from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 from tf2onnx import optimizer as tf2onnx_optimizer
 from tf2onnx import tf_loader, tfonnx
-from tf2onnx.optimizer.merge_duplicated_nodes_optimizer import MergeDuplicatedNodesOptimizer
 from tf2onnx.optimizer.transpose_optimizer import TransposeOptimizer, invert_perm
 
 from deploykit.errors import InputError, UnsupportedModelError
@@ -364,19 +363,9 @@ class _Transposes(TransposeOptimizer):  # type: ignore[misc]  # tf2onnx has no t
         return True
 
 
-class _OrderedMerges(MergeDuplicatedNodesOptimizer):  # type: ignore[misc]  # tf2onnx has no types
-    """tf2onnx's merger of equal nodes; the one that is kept, and so its name, does not depend on their order."""
-
-    def _merge_nodes_that_are_duplicated(self, nodes_to_process: list[Any], graph: Any) -> None:
-        nodes_to_process.sort(key=lambda node: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", node.name)])
-        super()._merge_nodes_that_are_duplicated(nodes_to_process, graph)  # its own sorting is stable
-
-
-OURS = {TransposeOptimizer: _Transposes, MergeDuplicatedNodesOptimizer: _OrderedMerges}
-
-
 def _optimizers() -> dict[str, Any]:
-    return {name: OURS.get(rule, rule) for name, rule in tf2onnx_optimizer._get_optimizers().items()}
+    known = dict(tf2onnx_optimizer._get_optimizers())
+    return {name: _Transposes if rule is TransposeOptimizer else rule for name, rule in known.items()}
 
 
 def _group(graph: Any) -> None:
@@ -399,12 +388,16 @@ def _fixed_counter() -> Iterator[None]:
         tf2onnx.utils.INTERNAL_NAME = before
 
 
-def _consumers_in_order(graph: Any) -> None:
-    """Make one tf2onnx graph, and the graphs inside of it, list the readers of a tensor by name, not by chance."""
-    find: Callable[[str], list[Any]] = graph.find_output_consumers
-    graph.find_output_consumers = lambda name: sorted(find(name), key=lambda node: str(node.name))
+def _without_chance(graph: Any) -> None:
+    """Make one tf2onnx graph, and the graphs inside of it, list nodes by name where tf2onnx walks a set."""
+
+    def by_name(find: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+        return lambda *args, **kwargs: sorted(find(*args, **kwargs), key=lambda node: str(node.name))
+
+    graph.find_output_consumers = by_name(graph.find_output_consumers)
+    graph.extract_sub_graph_nodes = by_name(graph.extract_sub_graph_nodes)
     for inner in (inner for inners in graph.contained_graphs.values() for inner in inners.values()):
-        _consumers_in_order(inner)
+        _without_chance(inner)
 
 
 def _convert(frozen: Frozen, opset: int, *, tolerant: bool) -> tuple[Any, dict[str, bytes]]:
@@ -420,7 +413,7 @@ def _convert(frozen: Frozen, opset: int, *, tolerant: bool) -> tuple[Any, dict[s
                 output_names=list(frozen.outputs),
             )
             if not tolerant:  # which works on copies
-                _consumers_in_order(parsed)
+                _without_chance(parsed)
             optimised = tf2onnx_optimizer.optimize_graph(parsed, catch_errors=tolerant, optimizers=_optimizers())
             _group(optimised)
             proto = optimised.make_model("")

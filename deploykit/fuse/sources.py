@@ -43,6 +43,11 @@ def _vector(value: Any, channels: int) -> Vector:
     return np.broadcast_to(value, (channels,)).copy() if value.size == 1 else value
 
 
+def _as_keras_reads(value: Any) -> Any:
+    """A mean or variance given as numbers: Keras keeps a list of them, and reads it in its default precision."""
+    return numpy(keras.ops.convert_to_tensor(np.asarray(value).tolist()))
+
+
 def _batch_normalization(layer: Any, shape: Shape) -> tuple[int, Affine] | Refusal:
     if layer.renorm:
         return Refusal("unsupported_option", f"{layer.name} uses renorm=True")
@@ -64,8 +69,8 @@ def _normalization(layer: Any, shape: Shape) -> tuple[int, Affine] | Refusal:
     if channels is None:
         return Refusal("unknown_size", f"{layer.name} normalises along an axis of unknown size")
     given = layer.input_mean is not None
-    mean = _vector(layer.input_mean if given else numpy(layer.adapt_mean), channels)
-    variance = _vector(layer.input_variance if given else numpy(layer.adapt_variance), channels)
+    mean = _vector(_as_keras_reads(layer.input_mean) if given else numpy(layer.adapt_mean), channels)
+    variance = _vector(_as_keras_reads(layer.input_variance) if given else numpy(layer.adapt_variance), channels)
     deviation = np.maximum(np.sqrt(variance), keras.config.epsilon())
     if layer.invert:
         return axis, Affine(deviation, mean)
@@ -80,7 +85,9 @@ def _rescaling(layer: Any, shape: Shape) -> tuple[int, Affine] | Refusal:
         max(np.ndim(layer.scale), np.ndim(layer.offset)) == 1 and keras.config.image_data_format() != "channels_last"
     ):
         return Refusal("unsupported_option", f"{layer.name} scales along more than the last axis")
-    return axis, Affine(_vector(layer.scale, channels), _vector(layer.offset, channels))
+    # cast as the layer's own call does: TensorFlow reads a Python number in float32 first
+    scale, offset = (numpy(keras.ops.cast(value, "float64")) for value in (layer.scale, layer.offset))
+    return axis, Affine(_vector(scale, channels), _vector(offset, channels))
 
 
 SOURCES: Mapping[type, Law] = {
