@@ -174,6 +174,15 @@ def _symbolic(model: Any) -> Any:
         ) from error
 
 
+def functional_form(model: Any) -> Any:
+    """The model as a functional one over the same layers; raises UnsupportedModelError where there is none."""
+    if isinstance(model, keras.Sequential) and model._functional is None:
+        raise UnsupportedModelError(
+            f"Sequential model '{model.name}' has no input shape; add keras.Input(shape=...) and save it again"
+        )
+    return _functional(model) or _symbolic(model)
+
+
 class _Reader:
     """Collects the calls of a model and of the models inside it."""
 
@@ -255,13 +264,7 @@ def trace(model: Any) -> Trace:
 
     Raises UnsupportedModelError for a model without known inputs or whose graph cannot be read.
     """
-    if isinstance(model, keras.Sequential) and model._functional is None:
-        raise UnsupportedModelError(
-            f"Sequential model '{model.name}' has no input shape; add keras.Input(shape=...) and save it again"
-        )
-    functional = _functional(model)
-    if functional is None:
-        functional = _symbolic(model)
+    functional = functional_form(model)
     reader = _Reader()
     numbers = {id(symbol): reader.tensor(symbol, None) for symbol in functional.inputs}
     inputs = tuple(numbers.values())
@@ -295,16 +298,13 @@ def _signature(found: Trace) -> Signature:
         low, high = _plausible_range(found, index)
         tensor = found.tensors[index]
         inputs.append(TensorSpec(layer.name, tensor.shape, tensor.dtype, low, high))
-    names: list[str] = []
+    wanted = []
     paths = tree.flatten_with_path(found.output_structure) if isinstance(found.output_structure, dict) else None
     for place, index in enumerate(found.outputs):
         producer = found.producer(index)
         name = producer.name if producer is not None else found.input_layers[found.inputs.index(index)].name
-        if paths is not None:
-            name = ".".join(str(key) for key in paths[place][0])
-        if name in names:
-            name = next(n for i in range(1, len(names) + 2) if (n := f"{name}_{i}") not in names)
-        names.append(name)
+        wanted.append(name if paths is None else ".".join(str(key) for key in paths[place][0]))
+    names = _distinct(wanted, [spec.name for spec in inputs])
     outputs = tuple(
         TensorSpec(name, found.tensors[index].shape, found.tensors[index].dtype)
         for name, index in zip(names, found.outputs, strict=True)
@@ -312,13 +312,38 @@ def _signature(found: Trace) -> Signature:
     return Signature(tuple(inputs), outputs)
 
 
+def _distinct(wanted: Sequence[str], taken: Sequence[str]) -> list[str]:
+    """Names in order; one that repeats, or is taken, gets the first free ``_1``, ``_2``, ... behind it."""
+    given: list[str] = []
+    for name in wanted:
+        free, count = name, 0
+        while free in given or free in taken or (count and free in wanted):
+            count += 1
+            free = f"{name}_{count}"
+        given.append(free)
+    return given
+
+
 def signature(model: Any) -> Signature:
     """Names, shapes, dtypes and plausible ranges of a model's inputs and outputs, in the model's order.
 
     An input is called what its InputLayer is called; an output what the layer that makes it is called,
-    or its key where the model returns a dict.
+    or its key where the model returns a dict. Where names repeat (an LSTM that also returns its states
+    has three outputs of one name; an input may itself be an output) the later ones become ``lstm_1``,
+    ``lstm_2``, because ONNX and every data file need distinct names.
     """
     return trace(model).signature
+
+
+def flat_call(model: Any) -> Callable[..., list[Any]]:
+    """The model in inference mode as a function from its flat inputs to the list of its flat outputs."""
+    functional = functional_form(model)
+
+    def call(*tensors: Any) -> list[Any]:
+        given = tree.pack_sequence_as(functional.input, list(tensors))
+        return list(tree.flatten(functional(given, training=False)))
+
+    return call
 
 
 def _plausible_range(found: Trace, tensor: int) -> tuple[float | None, float | None]:
@@ -530,17 +555,16 @@ def run(model: Any, arrays: Mapping[str, npt.NDArray[Any]], *, batch: int = 32) 
 
     Returns the outputs in the model's flattened order.
     """
-    model = _functional(model) or _symbolic(model)
+    model = functional_form(model)
+    call = flat_call(model)
     names = [symbol._keras_history.operation.name for symbol in model.inputs]
-    count = len(arrays[names[0]])
     pieces = []
-    for start in range(0, count, batch):
+    for start in range(0, len(arrays[names[0]]), batch):
         flat = [
             keras.ops.convert_to_tensor(arrays[name][start : start + batch], dtype=symbol.dtype)
             for name, symbol in zip(names, model.inputs, strict=True)
         ]
-        outputs = model(tree.pack_sequence_as(model.input, flat), training=False)
-        pieces.append([numpy(output) for output in tree.flatten(outputs)])
+        pieces.append([numpy(output) for output in call(*flat)])
     return [np.concatenate(parts) for parts in zip(*pieces, strict=True)]
 
 

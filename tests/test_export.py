@@ -25,7 +25,7 @@ import tf2onnx
 from deploykit import runtimes
 from deploykit.errors import InputError, OutputError, UnsupportedModelError
 from deploykit.export import Exported, canonical, export, export_stock, tracing
-from deploykit.runtimes.keras_tf import keras_signature
+from deploykit.graph import signature as keras_signature
 from deploykit.signature import Signature, TensorSpec
 
 L = keras.layers
@@ -444,7 +444,7 @@ REFUSED: dict[str, Callable[[Path], object]] = {
     "operation Lgamma of layer spectrum has no ONNX form": lambda p: export(_fft(), p),
     "layer memory keeps its state between calls": lambda p: export(_stateful(), p),
     "word is a string tensor": lambda p: export(_string(), p),
-    "no known inputs and outputs": lambda p: export(keras.Sequential([L.Dense(1)]), p),
+    "has no input shape": lambda p: export(keras.Sequential([L.Dense(1)]), p),
     "cannot export a list; give a keras.Model": lambda p: export([], p),  # type: ignore[arg-type]
     "opset 99 cannot be written; choose one from 13 to 18": lambda p: export(mlp(), p, opset=99),
     "batch must be at least 1, not 0": lambda p: export(mlp(), p, batch=0),

@@ -31,7 +31,8 @@ from deploykit import runtimes
 from deploykit.errors import DeploykitError, InputError, UnsupportedModelError
 from deploykit.export import canonical, tracing
 from deploykit.files import claim, whole_file
-from deploykit.runtimes.keras_tf import keras_signature
+from deploykit.graph import flat_call
+from deploykit.graph import signature as signature_of
 from deploykit.signature import Signature, TensorSpec
 
 __all__ = ["Exported", "export", "export_stock"]
@@ -133,12 +134,12 @@ def export_stock(
 
 
 def _stock(model: Any, signature: Signature, opset: int) -> Any:
-    function = tf.function(tracing.caller(model))
+    function = tf.function(flat_call(model))
     return tf2onnx.convert.from_function(function, input_signature=_tf_specs(signature), opset=opset)[0]
 
 
 def _stock_frozen(model: Any, signature: Signature, opset: int) -> Any:
-    function = tf.function(tracing.caller(model)).get_concrete_function(*_tf_specs(signature))
+    function = tf.function(flat_call(model)).get_concrete_function(*_tf_specs(signature))
     own = function.inputs[: len(function.inputs) - len(function.captured_inputs)]
     inputs, outputs = [tensor.name for tensor in own], [tensor.name for tensor in function.outputs]
     with tf.device("/cpu:0"):
@@ -168,7 +169,7 @@ def _exportable(model: Any) -> Signature:
                 f"layer {layer.name} keeps its state between calls, which an ONNX file cannot;"
                 " build it with stateful=False, or make the state an input"
             )
-    signature = keras_signature(model)
+    signature = signature_of(model)
     names = [spec.name for spec in signature]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise UnsupportedModelError(f"several inputs or outputs are called {', '.join(repeated)}; rename their layers")

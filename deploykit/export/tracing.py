@@ -37,7 +37,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import keras
 import onnx
 import tensorflow as tf
 import tf2onnx
@@ -47,6 +46,7 @@ from tf2onnx import tf_loader, tfonnx
 from tf2onnx.optimizer.transpose_optimizer import TransposeOptimizer, invert_perm
 
 from deploykit.errors import InputError, UnsupportedModelError
+from deploykit.graph import flat_call, functional_form
 from deploykit.signature import Signature
 
 SMALL_CONSTANT_BYTES = 1024  # constants up to this size may hold shapes and axes, and always stay in the graph
@@ -159,21 +159,9 @@ def _record_names(graph: Any, paths: dict[str, str]) -> None:
     graph.unique_name, graph.name_scope = noted, legal
 
 
-def caller(model: Any) -> Callable[..., list[Any]]:
-    """The model as a function from its flat inputs to the list of its flat outputs."""
-    structure = getattr(getattr(model, "_functional", None) or model, "_inputs_struct", None)
-    structure = model.inputs[0] if structure is None else structure
-
-    def call(*tensors: Any) -> list[Any]:
-        outputs = model(keras.tree.pack_sequence_as(structure, list(tensors)), training=False)
-        return list(keras.tree.flatten(outputs))
-
-    return call
-
-
 def concrete(model: Any, signature: Signature, paths: dict[str, str]) -> Any:
     """Trace the model for a signature; ``paths`` is filled with the layer paths of TensorFlow's names."""
-    call = caller(model)
+    call = flat_call(model)
 
     def traced(*tensors: Any) -> list[Any]:
         _record_names(tf.compat.v1.get_default_graph(), paths)
@@ -184,7 +172,7 @@ def concrete(model: Any, signature: Signature, paths: dict[str, str]) -> Any:
         function = tf.function(traced, autograph=False).get_concrete_function(*specs)
     except Exception as error:  # whatever the model's layers raise
         raise UnsupportedModelError(f"model {model.name} cannot be traced: {first_line(error)}") from error
-    paths.update((name, f"{path}/".removeprefix(f"{model.name}/")[:-1]) for name, path in paths.items())
+    paths.update((name, f"{path}/".removeprefix(f"{functional_form(model).name}/")[:-1]) for name, path in paths.items())
     return function
 
 
