@@ -50,7 +50,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -100,12 +100,13 @@ TITLES = {"keras": "keras (tf.function)"}
 
 @dataclass(frozen=True)
 class Candidate:
-    """Something to be timed. ``threads`` None: what `bench` was given."""
+    """Something to be timed. ``threads`` None: what `bench` was given. ``options``: for loading a Keras file."""
 
     name: str
     model: str | os.PathLike[str]
     runtime: str
     threads: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: str | os.PathLike[str], runtime: str | None = None, *, threads: int | None = None) -> Candidate:
@@ -470,6 +471,7 @@ class _Lane:
             threads=self.threads,
             inputs=str(self._folder / "inputs.npz"),
             batch=self.batch,
+            options=dict(self.candidate.options),
         )
         if answer is not None:
             self._loads_s.append(answer["load_s"])

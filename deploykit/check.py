@@ -25,6 +25,7 @@ from deploykit.data import Samples
 from deploykit.errors import DeploykitError
 from deploykit.fuse.proof import slice_of
 from deploykit.graph import float32_only, replay, run, trace
+from deploykit.load import load
 from deploykit.signature import Signature
 
 Arrays = Mapping[str, npt.NDArray[Any]]
@@ -154,8 +155,13 @@ def body(reference: Reference, comparisons: Sequence[Comparison], policy: Policy
     }
 
 
-def candidate_for(path: str | Path, runtime: str | None = None) -> Candidate:
-    """A candidate for a file or a bundle folder; the runtime follows from the file where none is named."""
+def candidate_for(path: str | Path, runtime: str | None = None, **options: Any) -> Candidate:
+    """A candidate for a file or a bundle folder; the runtime follows from the file where none is named.
+
+    ``options`` are those of `deploykit.load` and serve where the candidate is a Keras file.
+    """
     path = Path(path)
     model = path / "model.onnx" if (path / "deploykit.json").is_file() else path
-    return Candidate(str(path), model, runtime or runtimes.runtime_for(model))
+    runtime = runtime or runtimes.runtime_for(model)
+    given = load(model, **options).model if runtime == "keras" and any(options.values()) else model
+    return Candidate(str(path), given, runtime)

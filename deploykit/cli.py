@@ -300,9 +300,10 @@ def fuse(
         options = _data(data, samples, image_size, scale, seed)
         inputs = samples_for(loaded.model, options).head(16).arrays if data is not None else None
         terminal.progress("fusing")
-        fused = run(loaded.model, keep=keep or (), barrier=barrier or (), samples=inputs, seed=seed)
-        clock.seconds.update(fused.seconds)
-        written = [] if dry_run else [str(write_keras(fused.model, target, force=force))]
+        with loaded.scope():
+            fused = run(loaded.model, keep=keep or (), barrier=barrier or (), samples=inputs, seed=seed)
+            clock.seconds.update(fused.seconds)
+            written = [] if dry_run else [str(write_keras(fused.model, target, force=force))]
         report = _report(
             "fuse",
             clock,
@@ -424,15 +425,17 @@ def check(
         from deploykit.deploy import Clock, samples_for, unproven_reason, worst
 
         clock = Clock()
-        chosen = [candidate_for(candidate, runtime) for candidate in candidates]
+        trust = {"custom_objects": tuple(custom_objects or ()), "allow_code": allow_code}
+        chosen = [candidate_for(candidate, runtime, **trust) for candidate in candidates]
         loaded = _load(reference, custom_objects, weights, allow_code)
         clock.lap("load")
         inputs = samples_for(loaded.model, _data(data, samples, image_size, scale, seed))
         terminal.progress("evaluating the reference in float64")
-        right = make_reference(str(reference), loaded.model, inputs)
-        clock.lap("reference")
-        terminal.progress("running the candidates")
-        body = check_body(right, run(right, chosen, policy), policy)
+        with loaded.scope():
+            right = make_reference(str(reference), loaded.model, inputs)
+            clock.lap("reference")
+            terminal.progress("running the candidates")
+            body = check_body(right, run(right, chosen, policy), policy)
         clock.lap("candidates")
         why = unproven_reason(body) if body["passed"] else worst(body)
         report = _report(

@@ -23,8 +23,8 @@ import deploykit
 from deploykit import bundle as bundles
 from deploykit import runtimes, verify
 from deploykit.archive import write_keras
+from deploykit.bench import PROCESSES, bench
 from deploykit.bench import Candidate as Timed
-from deploykit.bench import bench
 from deploykit.check import Candidate, Reference, body, candidate_for, check, make_reference
 from deploykit.compare import Policy, Tolerance, policy_from
 from deploykit.data import Samples, read_samples, synthesize
@@ -194,7 +194,8 @@ def export_checked(
     if fusing:
         progress("fusing")
         inputs = samples.head(16).arrays if own_samples else None
-        fused = fuse(model, keep=keep, barrier=barrier, samples=inputs, seed=seed)
+        with loaded.scope():
+            fused = fuse(model, keep=keep, barrier=barrier, samples=inputs, seed=seed)
         model = fused.model
         notices += fused.notices
         clock.lap("fuse")
@@ -206,7 +207,8 @@ def export_checked(
         exported = export(model, Path(room) / path.name, opset=opset, batch=batch, metadata=metadata(loaded, fused))
         clock.lap("export")
         progress("checking against the float64 reference")
-        reference = make_reference(str(loaded.path), loaded.model, samples)
+        with loaded.scope():
+            reference = make_reference(str(loaded.path), loaded.model, samples)
         shipped = with_batch(reference, batch)
         comparisons = check(shipped, [Candidate(path.name, exported.path, "onnxruntime-cpu")], policy)
         if fused is not None:
@@ -238,15 +240,16 @@ def deploy(
     threads: int | None = None,
     seconds: float = 4.0,
     class_names: Sequence[str] | None = None,
+    processes: int = PROCESSES,
     force: bool = False,
     progress: Progress = silent,
     clock: Clock | None = None,
 ) -> Report:
     """Make the bundle ``out`` from a loaded model; returns the ``deploykit.deploy/1`` report.
 
-    ``batch`` fixes the batch size of the file; None leaves it free. ``threads`` and ``seconds`` (per
-    candidate) are for the timing. Raises ProofError, with the report so far in its ``report`` attribute,
-    when the result is not equivalent, and OutputError when ``out`` cannot be written.
+    ``batch`` fixes the batch size of the file; None leaves it free. ``threads``, ``seconds`` (per candidate)
+    and ``processes`` are those of `deploykit.bench`. Raises ProofError, with the report so far in its
+    ``report`` attribute, when the result is not equivalent, and OutputError when ``out`` cannot be written.
     """
     out = claim(out, force=force)
     data, clock = data or DataOptions(), clock or Clock()
@@ -314,7 +317,7 @@ def _timed(loaded: Loaded, made: Checked, room: Path, samples: Samples, opset: i
     rows = []
     for name, model in (("Keras", loaded.model), ("fused Keras", made.fused.model)):
         file = write_keras(model, room / f"{name.replace(' ', '-')}.keras")
-        rows.append(Timed(f"{name} (tf.function)", file, "keras"))
+        rows.append(Timed(f"{name} (tf.function)", file, "keras", options=loaded.options))
     try:
         stock = export_stock(loaded.model, room / "stock.onnx", samples.head(2).arrays, opset=opset)
         rows.append(Timed(f"{stock.kind} export", stock.path, "onnxruntime-cpu"))

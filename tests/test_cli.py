@@ -382,3 +382,31 @@ def test_hdf5_is_read_whatever_its_extension(cli, small, tmp_path):
         assert "model_config" in file.attrs
     (tmp_path / "m.h5").rename(tmp_path / "m.model")
     assert cli("fuse", tmp_path / "m.model", "--dry-run", "-q")[0] == 0
+
+
+OWN_LAYER = """
+import keras
+
+@keras.saving.register_keras_serializable("mine")
+class Shifted(keras.layers.Layer):
+    def call(self, x):
+        return x + 1
+"""
+
+
+def test_own_layers_go_all_the_way_when_given(cli, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(OWN_LAYER)
+    make = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import keras, mine; L = keras.layers\n"
+        "x = keras.Input((4,), name='x')\n"
+        "keras.Model(x, mine.Shifted()(L.BatchNormalization()(L.Dense(3)(x)))).save(sys.argv[1] + '/m.keras')"
+    )
+    subprocess.run([sys.executable, "-c", make, str(tmp_path)], check=True, capture_output=True)
+    given = ("--custom-objects", tmp_path / "mine.py")
+    refused(cli("fuse", tmp_path / "m.keras"), "Shifted", "--custom-objects")
+    assert cli("fuse", tmp_path / "m.keras", *given, "-q")[0] == 0
+    assert cli("check", tmp_path / "m.keras", tmp_path / "m.fused.keras", *given, "-q")[0] == 0
+    options = ("--seconds", "0.3", "--json", "-")
+    code, out, err = cli("deploy", tmp_path / "m.keras", "-o", tmp_path / "b", *given, *options)
+    assert code == 0, err
+    assert not any(row["failed"] for row in json.loads(out)["bench"]["candidates"])

@@ -26,7 +26,7 @@ BN = {"mlp_bn_after": 3, "mlp_bn_before": 2, "fashion_cnn": 8, "fashion_cnn_8": 
 def bundle(tmp_path_factory):
     """The bundle of fashion_cnn and its report."""
     folder = tmp_path_factory.mktemp("deploy") / "fashion_cnn"
-    report = deploy(load(MODELS / "fashion_cnn.keras"), folder, data=SAMPLE, seconds=0.3).to_json()
+    report = deploy(load(MODELS / "fashion_cnn.keras"), folder, data=SAMPLE, seconds=0.2, processes=1).to_json()
     return folder, report
 
 
@@ -42,7 +42,7 @@ def verified(folder: Path, *arguments: str, python: str = sys.executable) -> sub
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BN)
 def test_every_model_of_the_repository_deploys_with_all_its_bn_fused(name, tmp_path):
-    report = deploy(load(MODELS / f"{name}.keras"), tmp_path / "b", data=SAMPLE, seconds=0.3).to_json()
+    report = deploy(load(MODELS / f"{name}.keras"), tmp_path / "b", data=SAMPLE, seconds=0.2, processes=1).to_json()
     affines = report["fuse"]["affines"]["by_kind"]["BatchNormalization"]
     assert affines == {"total": BN[name], "fused": BN[name], "reduced": 0, "kept": 0}
     assert report["fuse"]["exactness_f64"] <= report["fuse"]["exactness_bound"]
@@ -159,7 +159,7 @@ def test_a_model_without_any_affine_passes_through(tmp_path):
 
     x = keras.Input((5,), name="x")
     keras.Model(x, keras.layers.Dense(3, name="y")(x)).save(tmp_path / "plain.keras")
-    report = deploy(load(tmp_path / "plain.keras"), tmp_path / "b", seconds=0.3).to_json()
+    report = deploy(load(tmp_path / "plain.keras"), tmp_path / "b", seconds=0.2, processes=1).to_json()
     assert report["fuse"]["affines"]["total"] == 0
     assert report["proven"]
     assert verified(tmp_path / "b").returncode == 0
@@ -181,7 +181,9 @@ def test_an_existing_bundle_is_replaced_only_by_force(bundle, tmp_path):
 
 
 def test_a_fixed_batch_goes_all_the_way(tmp_path):
-    report = deploy(load(MODELS / "mlp_bn_before.keras"), tmp_path / "b", data=SAMPLE, batch=4, seconds=0.3).to_json()
+    report = deploy(
+        load(MODELS / "mlp_bn_before.keras"), tmp_path / "b", data=SAMPLE, batch=4, seconds=0.2, processes=1
+    ).to_json()
     assert report["signature"]["inputs"][0]["shape"] == [4, 28, 28]
     assert verified(tmp_path / "b").returncode == 0
 
@@ -219,7 +221,7 @@ REAL = {"mlperf_tiny_resnet.h5": 7, "tiny_xception_kdef.hdf5": None, "resnet1d_k
 @pytest.mark.slow
 @pytest.mark.parametrize("name", REAL)
 def test_real_trained_files_deploy(name, shared_models, tmp_path):
-    report = deploy(load(shared_models / name), tmp_path / "b", seconds=0.3).to_json()
+    report = deploy(load(shared_models / name), tmp_path / "b", seconds=0.2, processes=1).to_json()
     affines = report["fuse"]["affines"]
     assert affines["total"] > 0
     assert all(d["code"] and d["reason"] for d in report["fuse"]["decisions"])

@@ -43,7 +43,7 @@ import tf2onnx
 from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 from tf2onnx import optimizer as tf2onnx_optimizer
 from tf2onnx import tf_loader, tfonnx
-from tf2onnx.optimizer.transpose_optimizer import TransposeOptimizer, invert_perm
+from tf2onnx.optimizer.transpose_optimizer import TransposeOptimizer
 
 from deploykit.errors import InputError, UnsupportedModelError
 from deploykit.graph import flat_call, functional_form
@@ -172,7 +172,9 @@ def concrete(model: Any, signature: Signature, paths: dict[str, str]) -> Any:
         function = tf.function(traced, autograph=False).get_concrete_function(*specs)
     except Exception as error:  # whatever the model's layers raise
         raise UnsupportedModelError(f"model {model.name} cannot be traced: {first_line(error)}") from error
-    paths.update((name, f"{path}/".removeprefix(f"{functional_form(model).name}/")[:-1]) for name, path in paths.items())
+    paths.update(
+        (name, f"{path}/".removeprefix(f"{functional_form(model).name}/")[:-1]) for name, path in paths.items()
+    )
     return function
 
 
@@ -320,35 +322,12 @@ def _lower(graph_def: Any) -> None:
 
 
 class _Transposes(TransposeOptimizer):  # type: ignore[misc]  # tf2onnx has no types
-    """tf2onnx's transpose optimizer without its exception on scalars and without its dependence on chance.
-
-    Scalar constants stay out of its bias merger. The second method is tf2onnx's own, but for the order in
-    which it removes the transposes before a node: there that of a set of objects, here that of the inputs.
-    """
+    """tf2onnx's transpose optimizer, with scalar constants kept out of its bias merger."""
 
     def _add_handler(self, trans: Any, node: Any) -> Any:
         if node.inputs[1].is_const() and not node.inputs[1].get_tensor_value(as_list=False).shape:
             return self._handle_node_having_branches(trans, node)
         return super()._add_handler(trans, node)
-
-    def _handle_node_having_branches(self, trans: Any, node: Any) -> bool:
-        if not self._should_push_transpose(trans, node) or len(node.output) != 1:
-            return False
-        if not self._create_transpose_pairs_before_node(trans, node):
-            return False
-        if not self._nodes_has_single_consumer_node(node.inputs):
-            return False
-        self._create_transpose_pairs_after_node(trans, node)
-        for before in dict.fromkeys(node.inputs):
-            self._g.replace_all_inputs(before.output[0], before.input[0])
-            self._g.remove_node(before.name)
-        for after in self._g.find_output_consumers(node.output[0]):
-            self._g.replace_all_inputs(after.output[0], after.input[0])
-            self._g.remove_node(after.name)
-        if shape := self._g.get_shape(node.output[0]):
-            inverse = invert_perm(trans.get_attr_value("perm"))
-            self._g.set_shape(node.output[0], [shape[axis] for axis in inverse])
-        return True
 
 
 def _optimizers() -> dict[str, Any]:

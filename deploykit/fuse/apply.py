@@ -93,6 +93,10 @@ def _kernels(layer: Any) -> tuple[Any, ...]:
     return CHANNELS[type(layer)].kernels
 
 
+def _own_dtype(layer: Any) -> np.dtype[Any]:
+    return numpy(getattr(layer, _kernels(layer)[0].name)).dtype
+
+
 def _edited(found: Trace, plan: Plan) -> dict[str, Any]:
     layers = {node.name: node.layer for node in found.nodes}
     return {name: layers[name] for name in plan.edited}
@@ -103,13 +107,12 @@ def apply(
     plan: Plan,
     *,
     dtype: str | None = None,
-    stored: bool = False,
     logits: bool = False,
 ) -> Applied:
     """Build the fused model of a plan.
 
     By default the model to ship: every layer in its own dtype. With ``dtype="float64"`` the model of
-    the proof: weights as computed, or, with ``stored``, rounded to the dtype they are stored in first.
+    the proof, with its weights as computed.
     """
     edited = _edited(found, plan)
     configs, notices = _configs(found, edited, plan)
@@ -120,14 +123,22 @@ def apply(
         if layer is None:
             return None
         computed = rewritten(layer, plan.edits_of(name))
-        own = numpy(getattr(layer, _kernels(layer)[0].name)).dtype
+        own = _own_dtype(layer)
         loss = _cast_loss(layer, name, computed, own)
         if loss is not None:
             losses.update(dict.fromkeys(plan.sources_of(name), loss))
-        if dtype is not None and not stored:
+        if dtype is not None:
             return computed
         with np.errstate(over="ignore"):
             return {key: value.astype(own) for key, value in computed.items()}
 
     model = replay(found, changes=configs, weights=weights, dropped=plan.dropped, dtype=dtype, logits=logits)
     return Applied(model, tuple(notices), losses)
+
+
+def round_weights(double: Any, found: Trace, plan: Plan) -> None:
+    """Round a float64 model's new weights, in place, to the dtypes they are stored in."""
+    for name, layer in _edited(found, plan).items():
+        for variable in double.get_layer(name).weights:
+            with np.errstate(over="ignore", under="ignore"):
+                variable.assign(numpy(variable).astype(_own_dtype(layer)).astype(np.float64))

@@ -11,6 +11,7 @@ the process is left as it was (``state``).
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -52,7 +53,8 @@ class Loaded:
 
     ``saved_by`` is the Keras version that the file records, ``backend`` the backend, None where it does
     not say. ``custom_objects`` are the user's objects by name: later steps that rebuild layers from
-    their config do so within ``keras.saving.custom_object_scope(loaded.custom_objects)``.
+    their config do so within ``loaded.scope()``. ``options`` are the arguments of `load` that another
+    process needs to load a copy of the model.
     """
 
     model: keras.Model
@@ -65,6 +67,14 @@ class Loaded:
     training_config_found: bool
     notices: tuple[str, ...]
     custom_objects: Mapping[str, Any]
+    options: Mapping[str, Any]
+
+    def scope(self) -> contextlib.AbstractContextManager[Any]:
+        """Within it, layers can be rebuilt from their config, with the user's own objects and the trust given."""
+        stack = contextlib.ExitStack()
+        stack.enter_context(keras.saving.custom_object_scope(dict(self.custom_objects)))
+        stack.enter_context(state.safe_mode(not self.options["allow_code"]))
+        return stack
 
 
 def load(
@@ -113,6 +123,7 @@ def load(
         training_config_found=contents.training_config_found,
         notices=tuple(notices),
         custom_objects=objects,
+        options={"custom_objects": tuple(custom_objects), "allow_code": allow_code},
     )
 
 

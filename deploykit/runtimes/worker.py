@@ -92,13 +92,24 @@ def warm_up(call: Callable[[], object], limit_s: float = WARM_LIMIT_S) -> Answer
         before = median
 
 
+def _read(runtime: str, model: str, options: Mapping[str, Any]) -> Any:
+    """A Keras file that needs the user's own code is read with it; every other model is opened by its path."""
+    if runtime != "keras" or not any(options.values()):
+        return model
+    from deploykit.load import load
+
+    return load(model, **options).model
+
+
 class Worker:
     """The commands; ``load`` comes first."""
 
     def __init__(self) -> None:
         self._call: Callable[[], object] | None = None
 
-    def load(self, runtime: str, model: str, threads: int, inputs: str, batch: int) -> Answer:
+    def load(
+        self, runtime: str, model: str, threads: int, inputs: str, batch: int, options: Mapping[str, Any]
+    ) -> Answer:
         with np.load(inputs, allow_pickle=False) as arrays:
             feed = dict(arrays)
         begin = time.perf_counter()
@@ -110,7 +121,7 @@ class Worker:
             except ModuleNotFoundError:
                 pass
         imported = time.perf_counter()
-        session = runtimes.open(runtime, model, threads=threads)
+        session = runtimes.open(runtime, _read(runtime, model, options), threads=threads)
         loaded = time.perf_counter()
         for spec in session.signature.inputs:
             if spec.shape and spec.shape[0] not in (None, batch):
