@@ -303,6 +303,7 @@ def bench(
     seconds: float = 4.0,
     seed: int = 0,
     processes: int = PROCESSES,
+    focus: str | None = None,
     timeout: float = TIMEOUT_S,
     progress: Callable[[Progress], None] | None = None,
 ) -> BenchReport:
@@ -312,7 +313,8 @@ def bench(
     ``threads`` (default: the physical cores this process may use) holds for candidates that do not say
     otherwise. ``seconds`` is the most that each candidate runs at each batch size, loading and warm-up not
     counted (but 10 rounds are always measured); ``processes`` the most that are started for it: with less
-    than 6, differences of a few percent stay undecided. ``timeout``, in seconds, is how long a worker may
+    than 6, differences of a few percent stay undecided. ``focus`` names the candidate whose pairs alone are
+    worth more processes (None: every pair is). ``timeout``, in seconds, is how long a worker may
     take for any one answer. ``seed`` draws the order within rounds. ``progress`` is called before each
     step, while nothing is being timed.
 
@@ -330,7 +332,7 @@ def bench(
             np.savez(folder / "inputs.npz", **feed)  # type: ignore[arg-type]  # a name is never allow_pickle's
             shapes = {key: array.shape for key, array in feed.items()}
             lanes = [_Lane(candidate, batch, candidate.threads or threads, folder, timeout) for candidate in candidates]
-            _measure(lanes, processes, seconds, seed, progress or (lambda next_step: None))
+            _measure(lanes, processes, focus, seconds, seed, progress or (lambda next_step: None))
             timings += [lane.timing(shapes) for lane in lanes]
     for timing in timings:
         notices += _noise(timing)
@@ -391,7 +393,12 @@ def schedule(count: int, seed: Sequence[int]) -> Iterator[tuple[int, ...]]:
 
 
 def _measure(
-    lanes: Sequence[_Lane], processes: int, seconds: float, seed: int, tell: Callable[[Progress], None]
+    lanes: Sequence[_Lane],
+    processes: int,
+    focus: str | None,
+    seconds: float,
+    seed: int,
+    tell: Callable[[Progress], None],
 ) -> None:
     """Both stages; when it returns or raises, no process is left."""
     for process in range(1, processes + 1):
@@ -400,15 +407,17 @@ def _measure(
                 stack.callback(lane.close)
             _turns(lanes, process, seconds, (seed, process), tell)
         if process == 1:
-            lanes = _undecided(lanes)
+            lanes = _undecided(lanes, focus)
         if not lanes:
             return
 
 
-def _undecided(lanes: Sequence[_Lane]) -> list[_Lane]:
-    """The candidates about which the first processes leave a question open."""
+def _undecided(lanes: Sequence[_Lane], focus: str | None) -> list[_Lane]:
+    """The candidates about which the first processes leave a question open that matters."""
     doubtful: set[_Lane] = set()
     for pair in itertools.combinations([lane for lane in lanes if lane.failed is None], 2):
+        if focus is not None and all(lane.candidate.name != focus for lane in pair):
+            continue
         if _ratio(*(lane.processes_s for lane in pair)).verdict == "undecided":
             doubtful.update(pair)
     return [lane for lane in lanes if lane in doubtful]

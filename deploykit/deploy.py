@@ -43,6 +43,7 @@ from deploykit.signature import Signature, TensorSpec
 
 Progress = Callable[[str], None]
 SYNTHETIC = 64  # samples of a check without data
+OURS = "deploykit"  # the candidate that a deployment is about
 REAL = 256  # samples of a check with data, unless the user says otherwise
 
 
@@ -276,7 +277,16 @@ def deploy(
         timed = _timed(loaded, made, room, samples, opset)
         clock.lap("export")
         progress("measuring latency")
-        measured = bench(timed, samples.arrays, batches=(batch or 1,), threads=threads, seconds=seconds, seed=data.seed)
+        measured = bench(
+            timed,
+            samples.arrays,
+            batches=(batch or 1,),
+            threads=threads,
+            seconds=seconds,
+            seed=data.seed,
+            processes=processes,
+            focus=OURS,
+        )
         clock.lap("bench")
         with whole_folder(out, force=force) as folder:
             return _fill(folder, out, loaded, made, measured.to_json(), clock, class_names)
@@ -323,7 +333,7 @@ def _timed(loaded: Loaded, made: Checked, room: Path, samples: Samples, opset: i
         rows.append(Timed(f"{stock.kind} export", stock.path, "onnxruntime-cpu"))
     except DeploykitError as error:
         made.notices.append(f"no stock export to compare with: {error}")
-    return [*rows, Timed("deploykit", made.exported.path, "onnxruntime-cpu")]
+    return [*rows, Timed(OURS, made.exported.path, "onnxruntime-cpu")]
 
 
 def worst(check_body: Mapping[str, Any]) -> str:

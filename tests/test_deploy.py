@@ -60,6 +60,7 @@ def test_the_report_keeps_its_contract(bundle):
     names = [candidate["name"] for candidate in report["bench"]["candidates"]]
     assert names == ["Keras (tf.function)", "fused Keras (tf.function)", "stock export", "deploykit"]
     assert not any(candidate["failed"] for candidate in report["bench"]["candidates"])
+    assert {candidate["processes"] for candidate in report["bench"]["candidates"]} == {1}  # as the fixture asked
     pairs = [{c["a"], c["b"]} for c in report["bench"]["comparisons"]]
     assert {"Keras (tf.function)", "deploykit"} in pairs
     assert {"stock export", "deploykit"} in pairs
