@@ -1013,12 +1013,24 @@ PROVIDERS: dict[str, tuple[str, dict[str, str]]] = {
 }
 
 
+def import_onnxruntime() -> Any:
+    """onnxruntime, without its telemetry.
+
+    From 1.29 on the official packages report sessions and model metadata to their maker unless this variable is set
+    before the import (microsoft/onnxruntime, pull request 27379). A value that the user set stands.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    import onnxruntime
+
+    return onnxruntime
+
+
 class Session:
     """The bundle's model in ONNX Runtime, on exactly the provider that was asked for."""
 
     def __init__(self, bundle: Bundle, provider: str | None, threads: int | None) -> None:
         try:
-            import onnxruntime
+            onnxruntime = import_onnxruntime()
         except Exception as error:  # a broken native library raises more than ImportError
             raise RefusedError(f"onnxruntime cannot be imported ({error}); run: pip install onnxruntime") from None
         if threads is not None and threads < 1:
@@ -1465,7 +1477,5 @@ def _write(path: str, data: bytes) -> None:
 
 if __name__ == "__main__":
     with contextlib.suppress(Exception):  # the native library may talk on stderr, which belongs to `error: ...`
-        import onnxruntime
-
-        onnxruntime.set_default_logger_severity(4)
+        import_onnxruntime().set_default_logger_severity(4)
     sys.exit(main())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -81,6 +82,14 @@ def test_verify_proves_the_bundle(bundle):
     assert (done.returncode, done.stderr) == (0, "")
     assert report["passed"]
     assert {comparison["samples"] for comparison in report["comparisons"]} == {32, 1}
+
+
+def test_verify_sends_nothing_home(bundle, tmp_path):
+    """ONNX Runtime's telemetry leaves a device id and a session file; with it off there are none."""
+    environment = {"HOME": str(tmp_path), "TMPDIR": str(tmp_path), "PATH": os.environ["PATH"]}
+    command = [sys.executable, str(bundle[0] / "verify.py"), "--seconds", "0.2"]
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    assert list(tmp_path.rglob("*")) == []
 
 
 def test_onnx_reads_the_golden_data(bundle):

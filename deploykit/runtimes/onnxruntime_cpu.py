@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 
 from deploykit.errors import DataError, InputError, LoadError
 from deploykit.runtimes import Array, fitted
 from deploykit.signature import Signature, TensorSpec
+from deploykit.verify import import_onnxruntime
+
+ort = import_onnxruntime()
 
 NAME = "onnxruntime-cpu"
 PROVIDER = "CPUExecutionProvider"

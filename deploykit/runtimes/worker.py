@@ -108,7 +108,7 @@ class Worker:
         self._call: Callable[[], object] | None = None
 
     def load(
-        self, runtime: str, model: str, threads: int, inputs: str, batch: int, options: Mapping[str, Any]
+        self, runtime: str, model: str, threads: int, inputs: str, batch: int, options: Mapping[str, Any] | None = None
     ) -> Answer:
         with np.load(inputs, allow_pickle=False) as arrays:
             feed = dict(arrays)
@@ -121,7 +121,7 @@ class Worker:
             except ModuleNotFoundError:
                 pass
         imported = time.perf_counter()
-        session = runtimes.open(runtime, _read(runtime, model, options), threads=threads)
+        session = runtimes.open(runtime, _read(runtime, model, options or {}), threads=threads)
         loaded = time.perf_counter()
         for spec in session.signature.inputs:
             if spec.shape and spec.shape[0] not in (None, batch):
