@@ -49,7 +49,7 @@ Model = Annotated[Path, typer.Argument(help="A trained Keras model: .keras or HD
 Out = Annotated[Path | None, typer.Option("-o", "--output", help="Where to write.", show_default=False)]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
 Json = Annotated[str | None, typer.Option("--json", metavar="PATH|-", help="Write the machine report; - is stdout.")]
-Seed = Annotated[int, typer.Option("--seed", help="Fixes all randomness.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Fixes all randomness.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show libraries' own messages and tracebacks.")]
 Custom = Annotated[
@@ -111,12 +111,38 @@ class _Terminal:
 
 
 @contextlib.contextmanager
-def _terminal(json_target: str | None, quiet: bool, verbose: bool) -> Iterator[_Terminal]:
-    """Silence libraries for one command; give the terminal back whatever happens."""
+def _reported(terminal: _Terminal, verb: str, model: Path, clock: Clock) -> Iterator[None]:
+    """A proof that fails before there is anything to report still leaves a machine report: what failed, and why."""
+    try:
+        yield
+    except ProofError as error:
+        if terminal.json_target is not None:
+            from deploykit.report import dumps, write_json
+
+            body: dict[str, Any] = {"affines": None, "decisions": [], "params": None} if verb == "fuse" else {}
+            record = _report(verb, clock, body, model=str(model), proven=False, reason=str(error)).to_json()
+            if terminal.json_target == "-":
+                terminal.out.write(dumps(record))
+                terminal.out.flush()
+            else:
+                write_json(record, terminal.json_target, force=True)
+        raise
+
+
+@contextlib.contextmanager
+def _terminal(
+    json_target: str | None, quiet: bool, verbose: bool, force: bool, paths: Sequence[Path | str | None]
+) -> Iterator[_Terminal]:
+    """Silence libraries for one command; give the terminal back whatever happens.
+
+    ``paths``: what the command reads and writes; the report may be none of them.
+    """
     if json_target is not None and json_target != "-":
         from deploykit.files import claim
 
-        claim(json_target, force=True)
+        claim(json_target, force=force, inputs=[path for path in paths if path is not None])
+        if any(path is not None and Path(path).absolute() == Path(json_target).absolute() for path in paths):
+            raise InputError(f"--json {json_target} is also read or written by this command; choose another path")
     terminal = _Terminal(json_target, quiet, verbose)
     if verbose:
         yield terminal
@@ -161,7 +187,7 @@ def _finish(terminal: _Terminal, report: Report) -> None:
         terminal.out.write(dumps(record))
         terminal.out.flush()
     elif terminal.json_target is not None:
-        write_json(record, terminal.json_target)
+        write_json(record, terminal.json_target, force=True)  # claimed before the work began
     if not terminal.quiet and terminal.json_target != "-":
         render(record, terminal.console())
 
@@ -196,7 +222,7 @@ def _data(data: str | None, samples: int | None, image_size: str | None, scale: 
 def _batch(text: str) -> int | None:
     if text == "dynamic":
         return None
-    if text.isdigit() and int(text) > 0:
+    if text.isascii() and text.isdigit() and int(text) > 0:
         return int(text)
     raise InputError(f"--batch {text}: give 'dynamic' or a number above 0")
 
@@ -242,12 +268,13 @@ def inspect(
     custom_objects: Custom = None,
     weights: Weights = None,
     allow_code: AllowCode = False,
+    force: Force = False,
     json: Json = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Show what a model file holds, and its health."""
-    with _terminal(json, quiet, verbose) as terminal:
+    with _terminal(json, quiet, verbose, force, [model, weights]) as terminal:
         terminal.progress("loading")
         from deploykit.deploy import Clock
         from deploykit.inspection import inspect_body
@@ -283,12 +310,14 @@ def fuse(
     verbose: Verbose = False,
 ) -> None:
     """Fold BatchNormalization and its kin into the neighbours, prove it, write MODEL.fused.keras."""
-    with _terminal(json, quiet, verbose) as terminal:
+    with _terminal(json, quiet, verbose, force, [model, weights, data, output]) as terminal:
         from deploykit.files import claim
 
         target = output or model.with_suffix(".fused.keras")
+        if target.suffix != ".keras":
+            raise InputError(f"-o {target}: a fused model is written as .keras; give a name that ends so")
         if not dry_run:
-            claim(target, force=force)
+            claim(target, force=force, inputs=(model, weights, data))
         terminal.progress("loading")
         from deploykit.archive import write_keras
         from deploykit.deploy import Clock, fuse_body, samples_for
@@ -300,7 +329,7 @@ def fuse(
         options = _data(data, samples, image_size, scale, seed)
         inputs = samples_for(loaded.model, options).head(16).arrays if data is not None else None
         terminal.progress("fusing")
-        with loaded.scope():
+        with loaded.scope(), _reported(terminal, "fuse", model, clock):
             fused = run(loaded.model, keep=keep or (), barrier=barrier or (), samples=inputs, seed=seed)
             clock.seconds.update(fused.seconds)
             written = [] if dry_run else [str(write_keras(fused.model, target, force=force))]
@@ -339,10 +368,10 @@ def export(
     verbose: Verbose = False,
 ) -> None:
     """Fuse, write MODEL.onnx, and check it against the float64 reference."""
-    with _terminal(json, quiet, verbose) as terminal:
+    with _terminal(json, quiet, verbose, force, [model, weights, data, output]) as terminal:
         from deploykit.files import claim
 
-        target = claim(output or model.with_suffix(".onnx"), force=force)
+        target = claim(output or model.with_suffix(".onnx"), force=force, inputs=(model, weights, data))
         size = _batch(batch)
         terminal.progress("loading")
         from deploykit.deploy import Clock, export_checked, fuse_body, samples_for
@@ -352,21 +381,22 @@ def export(
         clock.lap("load")
         options = _data(data, samples, image_size, scale, seed)
         inputs = samples_for(loaded.model, options)
-        result = export_checked(
-            loaded,
-            target,
-            samples=inputs,
-            fusing=not no_fuse,
-            keep=keep or (),
-            barrier=barrier or (),
-            own_samples=data is not None,
-            opset=opset,
-            batch=size,
-            seed=seed,
-            force=force,
-            progress=terminal.progress,
-            clock=clock,
-        )
+        with _reported(terminal, "export", model, clock):
+            result = export_checked(
+                loaded,
+                target,
+                samples=inputs,
+                fusing=not no_fuse,
+                keep=keep or (),
+                barrier=barrier or (),
+                own_samples=data is not None,
+                opset=opset,
+                batch=size,
+                seed=seed,
+                force=force,
+                progress=terminal.progress,
+                clock=clock,
+            )
         passed = bool(result.check["passed"])
         body = {
             "opset": opset,
@@ -406,12 +436,13 @@ def check(
     weights: Weights = None,
     allow_code: AllowCode = False,
     seed: Seed = 0,
+    force: Force = False,
     json: Json = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Compare candidates with the model that was trained, in float64; or a bundle with its golden data."""
-    with _terminal(json, quiet, verbose) as terminal:
+    with _terminal(json, quiet, verbose, force, [reference, *(candidates or ()), weights, data]) as terminal:
         from deploykit.compare import policy_from
 
         policy = policy_from(rtol, atol)
@@ -447,8 +478,8 @@ def check(
             reason=why,
             notices=[*loaded.notices, *right.notices],
         )
-        if not body["passed"]:
-            _fail_after_report(terminal, report, str(why))
+        if why is not None:
+            _fail_after_report(terminal, report, why)
         _finish(terminal, report)
 
 
@@ -501,12 +532,13 @@ def bench(
     image_size: ImageSize = None,
     scale: Scale = None,
     seed: Seed = 0,
+    force: Force = False,
     json: Json = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Time models side by side: own processes, interleaved rounds, ratio with interval and verdict."""
-    with _terminal(json, quiet, verbose) as terminal:
+    with _terminal(json, quiet, verbose, force, [*models, data]) as terminal:
         batches = _numbers(batch, "--batch")
         counts = _numbers(threads, "--threads") if threads is not None else (None,)
         terminal.progress("reading the signature")
@@ -577,11 +609,12 @@ def deploy(
     verbose: Verbose = False,
 ) -> None:
     """Load, fuse, export, check, time, and write a bundle that proves itself."""
-    with _terminal(json, quiet, verbose) as terminal:
+    with _terminal(json, quiet, verbose, force, [model, weights, data, output]) as terminal:
         from deploykit.compare import policy_from
         from deploykit.files import claim
+        from deploykit.verify import MANIFEST
 
-        claim(output, force=force)
+        claim(output, force=force, folder=MANIFEST, inputs=(model, weights, data))
         size, policy = _batch(batch), policy_from(rtol, atol)
         terminal.progress("loading")
         from deploykit.deploy import Clock
@@ -639,7 +672,7 @@ def _exit_code(error: BaseException) -> tuple[int, str]:
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit with its code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         code = app(args=arguments, standalone_mode=False, prog_name="deploykit")

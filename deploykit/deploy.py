@@ -188,7 +188,7 @@ def export_checked(
 
     ``own_samples``: the samples are the user's and serve the proof of the fusing, too.
     """
-    path = claim(path, force=force)
+    path = claim(path, force=force, inputs=(loaded.path,))
     policy, clock = policy or policy_from(), clock or Clock()
     model, fused = loaded.model, None
     notices = list(loaded.notices)
@@ -220,6 +220,8 @@ def export_checked(
         written = []
         if found["passed"]:
             path.absolute().parent.mkdir(parents=True, exist_ok=True)
+            for file in Path(room).iterdir():
+                claim(path.with_name(file.name), force=force)
             for file in sorted(Path(room).iterdir(), reverse=True):  # the data first, then the file that names it
                 os.replace(file, path.with_name(file.name))
                 written.append(str(path.with_name(file.name)))
@@ -252,8 +254,8 @@ def deploy(
     and ``processes`` are those of `deploykit.bench`. Raises ProofError, with the report so far in its
     ``report`` attribute, when the result is not equivalent, and OutputError when ``out`` cannot be written.
     """
-    out = claim(out, force=force)
     data, clock = data or DataOptions(), clock or Clock()
+    out = claim(out, force=force, folder=verify.MANIFEST, inputs=(loaded.path, data.data))
     samples = samples_for(loaded.model, data)
     with tempfile.TemporaryDirectory(prefix="deploykit-") as name:
         room = Path(name)
@@ -288,7 +290,7 @@ def deploy(
             focus=OURS,
         )
         clock.lap("bench")
-        with whole_folder(out, force=force) as folder:
+        with whole_folder(out, mark=verify.MANIFEST, force=force) as folder:
             return _fill(folder, out, loaded, made, measured.to_json(), clock, class_names)
 
 

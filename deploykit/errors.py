@@ -26,7 +26,8 @@ class DeploykitError(Exception):
     exit_code = 70
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        plain = "".join(sign if sign.isprintable() or sign.isspace() else "?" for sign in message)
+        super().__init__(" ".join(plain.split()))
 
 
 class InputError(DeploykitError):

@@ -11,21 +11,36 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from deploykit.errors import OutputError
 
 
-def claim(path: str | os.PathLike[str], *, force: bool = False) -> Path:
+def claim(
+    path: str | os.PathLike[str],
+    *,
+    force: bool = False,
+    folder: str | None = None,
+    inputs: Sequence[str | os.PathLike[str] | None] = (),
+) -> Path:
     """Check, before any work is done, that ``path`` may be written; return it as a Path.
 
     Raises OutputError when it exists and ``force`` is not set, when its parent is no folder, or
     when the folder cannot be written to. Parents are created only when the output is.
+    ``folder``: the output is a folder, and only one that is empty or holds a file of this name may be
+    replaced. ``inputs``: files that are read; the output may neither be one of them nor hold one.
     """
     path = Path(path)
+    if path.is_dir() and not folder:
+        raise OutputError(f"{path} is a folder; give the name of a file")
     if path.exists() and not force:
         raise OutputError(f"{path} exists already; give another -o, or --force to replace it")
+    for given in inputs:
+        if given is not None and Path(given).exists() and Path(given).resolve().is_relative_to(path.resolve()):
+            raise OutputError(f"writing {path} would replace the input {given}; choose another -o")
+    if folder and path.is_dir() and any(path.iterdir()) and not (path / folder).is_file():
+        raise OutputError(f"{path} is a folder with other things in it, not a bundle; choose another -o")
     parent = path.absolute().parent
     while not parent.exists():
         parent = parent.parent
@@ -67,9 +82,9 @@ def whole_file(path: str | os.PathLike[str], *, force: bool = False) -> Iterator
 
 
 @contextlib.contextmanager
-def whole_folder(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[Path]:
-    """The same for a folder. With ``force`` the old folder is moved aside and deleted only at the end."""
-    path = claim(path, force=force)
+def whole_folder(path: str | os.PathLike[str], *, mark: str, force: bool = False) -> Iterator[Path]:
+    """The same for a folder. With ``force`` an old one, known by its file ``mark``, is moved aside and deleted last."""
+    path = claim(path, force=force, folder=mark)
     temporary: Path | None = None
     try:
         path.absolute().parent.mkdir(parents=True, exist_ok=True)

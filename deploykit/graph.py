@@ -39,7 +39,6 @@ from deploykit.signature import Signature, TensorSpec
 
 L = keras.layers
 Config = dict[str, Any]
-Weights = Sequence[npt.NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -93,6 +92,7 @@ class Trace:
     output_structure: Any
     signature: Signature
     input_layers: tuple[Any, ...] = ()
+    output_names: tuple[str, ...] = ()  # what Keras calls each output: the outermost layer that makes it
     trainable: bool = True
     renamed: Mapping[str, str] = field(default_factory=dict)
 
@@ -126,10 +126,6 @@ class Trace:
     def calls(self, node: Node) -> int:
         """How often the node's layer is called in the whole trace."""
         return self._calls[id(node.layer)]
-
-    def layers(self) -> list[Any]:
-        """Every layer and operation once, in order of first call."""
-        return list({id(node.layer): node.layer for node in self.nodes}.values())
 
 
 # ---------------------------------------------------------------------------------------------- reading
@@ -286,6 +282,7 @@ def trace(model: Any) -> Trace:
         output_structure=tree.map_structure(lambda symbol: Ref(next(counter)), functional.output),
         signature=Signature((), ()),
         input_layers=input_layers,
+        output_names=tuple(symbol._keras_history.operation.name for symbol in functional.outputs),
         trainable=model.trainable,
         renamed=dict(reader.renamed),
     )
@@ -298,12 +295,10 @@ def _signature(found: Trace) -> Signature:
         low, high = _plausible_range(found, index)
         tensor = found.tensors[index]
         inputs.append(TensorSpec(layer.name, tensor.shape, tensor.dtype, low, high))
-    wanted = []
-    paths = tree.flatten_with_path(found.output_structure) if isinstance(found.output_structure, dict) else None
-    for place, index in enumerate(found.outputs):
-        producer = found.producer(index)
-        name = producer.name if producer is not None else found.input_layers[found.inputs.index(index)].name
-        wanted.append(name if paths is None else ".".join(str(key) for key in paths[place][0]))
+    wanted = list(found.output_names)
+    if isinstance(found.output_structure, dict):
+        paths = tree.flatten_with_path(found.output_structure)
+        wanted = [".".join(str(key) for key in path) for path, _ in paths]
     names = _distinct(wanted, [spec.name for spec in inputs])
     outputs = tuple(
         TensorSpec(name, found.tensors[index].shape, found.tensors[index].dtype)
@@ -417,7 +412,10 @@ def _clone(node: Node, changes: Config, dtype: str | None) -> Any:
         config.update(changes)
         if dtype is not None:
             config = _with_dtype(config, dtype)
-        return type(layer).from_config(config)
+        clone = type(layer).from_config(config)
+        if clone.name != node.name:  # a config that leaves the name out would get a new one each time
+            clone.name = node.name
+        return clone
     except Exception as error:
         raise UnsupportedModelError(
             f"cannot copy layer '{node.name}' ({type(layer).__name__}): its get_config/from_config do not rebuild it "
@@ -476,7 +474,8 @@ def replay(
     asked once per layer, right after the layer was built, and its answer is not kept.
     ``dropped``: names of layers whose call returns its (single) input.
     ``dtype``: compute in this dtype throughout ("float64" for a reference).
-    ``logits``: append, as further outputs, what goes into a final softmax, sigmoid or the like.
+    ``logits``: append, as further outputs, what goes into a final softmax, sigmoid or the like; such a model is
+    for proofs, and its outputs' names are not kept.
     """
     changes = changes or {}
     tensors: dict[int, Any] = {}
@@ -501,10 +500,7 @@ def replay(
             )
         for node in found.nodes:
             if node.name in dropped:
-                result = tensors[node.inputs[0]]
-                if found.is_output(node.outputs[0]):
-                    result = L.Identity(name=node.name, dtype=dtype or node.layer.dtype_policy)(result)
-                tensors[node.outputs[0]] = result
+                tensors[node.outputs[0]] = tensors[node.inputs[0]]
                 continue
             args, kwargs = tree.map_structure(put, node.args), tree.map_structure(put, node.kwargs)
             last = logits and any(found.is_output(index) for index in node.outputs)
@@ -536,10 +532,31 @@ def replay(
             tensors.update(zip(node.outputs, tree.flatten(results), strict=True))
 
         inputs = tree.map_structure(lambda ref: tensors[found.inputs[ref.index]], found.input_structure)
-        outputs = tree.map_structure(lambda ref: tensors[found.outputs[ref.index]], found.output_structure)
+        finals = [tensors[index] for index in found.outputs]
+        if not logits:
+            finals = _named(found, finals)
+        outputs = tree.map_structure(lambda ref: finals[ref.index], found.output_structure)
         if logits:
             outputs = [*tree.flatten(outputs), *extra]
         return keras.Model(inputs, outputs, name=found.name, trainable=found.trainable)
+
+
+def _named(found: Trace, outputs: Sequence[Any]) -> list[Any]:
+    """Outputs that Keras calls as it did in the traced model.
+
+    An output is called after the layer that makes it. Where that layer was dropped, or was a nested model that
+    is inlined now, an Identity of its name stands behind.
+    """
+    taken = {node.name for node in found.nodes} | {layer.name for layer in found.input_layers}
+    taken -= set(found.output_names)
+    results = []
+    for output, name in zip(outputs, found.output_names, strict=True):
+        if output._keras_history.operation.name != name:
+            free = _distinct([name], sorted(taken))[0]
+            taken.add(free)
+            output = L.Identity(name=free, dtype=output.dtype if _is_float(output.dtype) else None)(output)
+        results.append(output)
+    return results
 
 
 def canonical(model: Any) -> Any:
@@ -558,14 +575,38 @@ def run(model: Any, arrays: Mapping[str, npt.NDArray[Any]], *, batch: int = 32) 
     model = functional_form(model)
     call = flat_call(model)
     names = [symbol._keras_history.operation.name for symbol in model.inputs]
+    fixed = model.inputs[0].shape[0]
+    size = fixed or batch
     pieces = []
-    for start in range(0, len(arrays[names[0]]), batch):
-        flat = [
-            keras.ops.convert_to_tensor(arrays[name][start : start + batch], dtype=symbol.dtype)
-            for name, symbol in zip(names, model.inputs, strict=True)
-        ]
-        pieces.append([numpy(output) for output in call(*flat)])
+    for start in range(0, len(arrays[names[0]]), size):
+        parts = [np.asarray(arrays[name][start : start + size]) for name in names]
+        count = len(parts[0])
+        if fixed is not None and count < fixed:  # a model of one batch size gets the last samples once more
+            parts = [np.concatenate([part, np.repeat(part[-1:], fixed - count, axis=0)]) for part in parts]
+        try:
+            flat = [
+                keras.ops.convert_to_tensor(part, dtype=symbol.dtype)
+                for part, symbol in zip(parts, model.inputs, strict=True)
+            ]
+            outputs = [numpy(output) for output in call(*flat)]
+        except Exception as error:  # whatever TensorFlow or a layer raises
+            raise UnsupportedModelError(f"TensorFlow cannot run model {model.name} here: {_cause(error)}") from error
+        if any(output.ndim == 0 or len(output) != len(parts[0]) for output in outputs):
+            raise UnsupportedModelError(
+                f"model {model.name} has an output without a batch axis; samples cannot be told"
+            )
+        pieces.append([output[:count] for output in outputs])
     return [np.concatenate(parts) for parts in zip(*pieces, strict=True)]
+
+
+_MARKS = ("Exception encountered", "Arguments received", "Detected at", "Graph execution error")
+
+
+def _cause(error: Exception) -> str:
+    """The line of a Keras or TensorFlow message that says what is wrong."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    said = next((line for line in lines if line and not line.startswith(_MARKS) and "\x1b" not in line), "")
+    return said[:200] or type(error).__name__
 
 
 def values_per_sample(found: Trace, free: int = 32) -> int:

@@ -282,7 +282,7 @@ def test_inspect_still_reports_nan(cli, small, tmp_path):
 
 @pytest.mark.parametrize("verb", ["fuse", "export", "deploy"])
 def test_an_existing_output_needs_force(cli, small, tmp_path, verb):
-    target = tmp_path / "there"
+    target = tmp_path / "there.keras"
     target.write_text("mine")
     refused(cli(verb, small, "-o", target), "--force")
     assert target.read_text() == "mine"
@@ -410,3 +410,79 @@ def test_own_layers_go_all_the_way_when_given(cli, tmp_path, monkeypatch):
     code, out, err = cli("deploy", tmp_path / "m.keras", "-o", tmp_path / "b", *given, *options)
     assert code == 0, err
     assert not any(row["failed"] for row in json.loads(out)["bench"]["candidates"])
+
+
+# ---------------------------------------------------------------------------- nothing that is there is lost
+
+
+def test_a_report_replaces_a_file_only_by_force_and_never_an_input(cli, small, tmp_path):
+    model = tmp_path / "m.keras"
+    model.write_bytes(small.read_bytes())
+    refused(cli("inspect", model, "--json", model), "exists")
+    refused(cli("inspect", model, "--json", model, "--force"), "input")
+    refused(cli("export", model, "-o", tmp_path / "x.onnx", "--json", tmp_path / "x.onnx"), "--json")
+    assert model.read_bytes() == small.read_bytes()
+    (tmp_path / "r.json").write_text("mine")
+    refused(cli("inspect", model, "--json", tmp_path / "r.json"), "--force")
+    assert cli("inspect", model, "--json", tmp_path / "r.json", "--force", "-q")[0] == 0
+
+
+@pytest.mark.parametrize("verb", ["fuse", "export", "deploy"])
+def test_force_never_replaces_the_model_itself(cli, small, tmp_path, verb):
+    model = tmp_path / "m.keras"
+    model.write_bytes(small.read_bytes())
+    refused(cli(verb, model, "-o", model, "--force"), "input")
+    assert model.read_bytes() == small.read_bytes()
+
+
+def test_force_replaces_no_folder_but_a_bundle(cli, small, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.txt").write_text("years")
+    refused(cli("deploy", small, "-o", tmp_path / "thesis", "--force"), "not a bundle")
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "m.keras").write_bytes(small.read_bytes())
+    refused(cli("deploy", tmp_path / "home" / "m.keras", "-o", tmp_path / "home", "--force"), "input")
+    assert files(tmp_path) == {"thesis", "thesis/thesis.txt", "home", "home/m.keras"}
+
+
+def constant(path: Path) -> Path:
+    x = keras.Input((4,), name="x")
+    enliven(keras.Model(x, L.Rescaling(0.0, offset=5.0)(L.BatchNormalization()(L.Dense(3)(x))))).save(path)
+    return path
+
+
+def test_agreement_without_evidence_is_not_proven(cli, tmp_path):
+    model = constant(tmp_path / "m.keras")
+    code, out, err = cli("check", model, model, "--json", "-")
+    assert code == 1
+    assert json.loads(out)["proven"] is False
+    assert "--data" in err
+
+
+def test_a_failed_proof_still_leaves_a_machine_report(cli, tmp_path):
+    code, out, _ = cli("fuse", constant(tmp_path / "m.keras"), "-o", tmp_path / "f.keras", "--json", "-")
+    report = json.loads(out)
+    assert code == 1
+    assert report["proven"] is False
+    assert report["reason"]
+    assert set(report) >= COMMON_KEYS
+    assert not (tmp_path / "f.keras").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["fuse", "{small}", "--seed", "-1"],
+        ["export", "{small}", "--batch", "\u00b2"],
+        ["fuse", "{small}", "-o", "model.h5"],
+        ["inspect", "{small}", "--json", "."],
+    ],
+)
+def test_more_bad_usage_is_one_line(cli, small, arguments):
+    refused(cli(*[argument.format(small=small) for argument in arguments]))
+
+
+def test_no_arguments_show_the_help():
+    done = subprocess.run(COMMAND, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "deploy" in done.stdout

@@ -8,6 +8,7 @@ import pytest
 from nets import chain, enliven, inputs_for
 
 from deploykit import graph
+from deploykit.archive import write_keras
 from deploykit.channels import CHANNELS
 from deploykit.errors import InputError
 from deploykit.fuse import CODES, fuse
@@ -456,3 +457,51 @@ def test_global_state_is_left_alone():
     assert random.getstate() == state
     assert np.array_equal(np.random.get_state()[1], numbers)  # noqa: NPY002
     assert keras.config.dtype_policy().name == policy
+
+
+# ---------------------------------------------------------------------------------- found by a second pair of eyes
+
+
+def reloaded(model, tmp_path):
+    return keras.models.load_model(write_keras(model, tmp_path / "m.keras", force=True), compile=False)
+
+
+def normalised_at_the_end():
+    x = keras.Input((4,), name="x")
+    return enliven(keras.Model(x, BN(name="last")(L.Dense(3)(x))))
+
+
+def nested_at_the_end():
+    layers = [keras.Input((4,)), L.Dense(3, name="d"), BN(name="n"), L.Dense(2, name="e")]
+    x = keras.Input((4,), name="x")
+    return enliven(keras.Model(x, keras.Sequential(layers, name="inner")(x)))
+
+
+def nested_with_two_outputs():
+    a = keras.Input((4,))
+    inner = keras.Model(a, [L.Dense(2, name="p")(a), BN(name="q")(L.Dense(3)(a))], name="in")
+    x = keras.Input((4,), name="x")
+    return enliven(keras.Model(x, inner(x)))
+
+
+@pytest.mark.parametrize("make", [normalised_at_the_end, nested_at_the_end, nested_with_two_outputs])
+def test_output_names_survive_fusing_saving_and_loading(make, tmp_path):
+    model = make()
+    copy = reloaded(fused(model).model, tmp_path)
+    assert graph.signature(copy) == graph.signature(model)
+    assert copy.output_names[0] == model.output_names[0]
+    inputs = inputs_for(model)
+    for a, b in zip(graph.run(model, inputs), graph.run(copy, inputs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_an_affine_along_the_batch_stays():
+    x = keras.Input(batch_shape=(4, 4), name="x")
+    model = enliven(keras.Model(x, L.Dense(2)(L.Flatten()(BN(axis=0)(x)))))
+    assert only_decision(model, samples=inputs_for(model, 4)).code == "axis_mismatch"
+
+
+def test_a_second_tensor_beside_the_input_stops_an_affine():
+    x, m = keras.Input((5, 4), name="x"), keras.Input((5,), dtype="bool", name="m")
+    y = L.GlobalAveragePooling1D()(BN()(L.ReLU()(x)), mask=m)
+    assert fuse(enliven(keras.Model([x, m], L.Dense(2)(y))), prove=False).decisions[0].code == "mask"

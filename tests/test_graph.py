@@ -205,3 +205,53 @@ def test_a_subclassed_model_is_traced_where_its_call_allows():
 def test_models_without_a_readable_graph_are_refused_by_name(make, says):
     with pytest.raises(UnsupportedModelError, match=says):
         graph.trace(make())
+
+
+@pytest.mark.parametrize("count", [2, 3, 7])
+def test_a_model_of_one_batch_size_runs_any_number_of_samples(count):
+    x = keras.Input(batch_shape=(3, 4), name="x")
+    model = enliven(keras.Model(x, L.Dense(2)(keras.ops.reshape(keras.ops.reshape(x, (3, 2, 2)), (3, 4)))))
+    inputs = inputs_for(model, 7)
+    whole = graph.run(model, inputs)[0]
+    some = graph.run(model, {"x": inputs["x"][:count]})[0]
+    np.testing.assert_allclose(some, whole[:count], rtol=1e-6)
+
+
+def test_an_output_without_a_batch_axis_is_refused():
+    x = keras.Input((4,), name="x")
+    model = keras.Model(x, keras.ops.mean(L.Dense(2)(x)))
+    with pytest.raises(UnsupportedModelError, match="batch axis"):
+        graph.run(model, inputs_for(model))
+
+
+def test_what_tensorflow_cannot_run_is_one_line():
+    @keras.saving.register_keras_serializable("tests")
+    class OnlyWhole(L.Layer):
+        def call(self, x):
+            if isinstance(x, keras.KerasTensor):
+                return x
+            raise RuntimeError("\x1b[1mloud\x1b[0m\nthe device has no such kernel\nArguments received: x")
+
+        def compute_output_spec(self, x):
+            return x
+
+    x = keras.Input((4,), name="x")
+    model = keras.Model(x, OnlyWhole()(x))
+    with pytest.raises(UnsupportedModelError, match="TensorFlow cannot run") as caught:
+        graph.run(model, inputs_for(model))
+    assert "\n" not in str(caught.value)
+    assert "\x1b" not in str(caught.value)
+
+
+def test_a_layer_whose_config_forgets_its_name_keeps_it():
+    @keras.saving.register_keras_serializable("tests")
+    class Nameless(L.Layer):
+        def call(self, x):
+            return x + 1
+
+        def get_config(self):
+            return {}
+
+    x = keras.Input((4,), name="x")
+    model = keras.Model(x, Nameless(name="mine")(x))
+    assert graph.signature(graph.canonical(model)) == graph.signature(model)

@@ -82,7 +82,12 @@ class _Planner:
         self.gone: set[str] = set()  # fused sources: their calls return their input
 
     def blocked(self, node: Node) -> Refusal | None:
-        return Refusal("barrier", f"{node.name} is a barrier") if node.name in self.barriers else None
+        """What stands against touching a layer at all."""
+        if node.name in self.barriers:
+            return Refusal("barrier", f"{node.name} is a barrier")
+        if len(node.inputs) > 1 and (sinks.is_sink(node) or conduits.is_conduit(node)):
+            return Refusal("mask", f"{node.name} is called with a second tensor besides its input")
+        return None
 
     def backward(self, source: str, tensor: int, axis: int, affine: Affine) -> _Route | Refusal:
         """Ask what makes ``tensor`` to apply ``affine`` to it."""

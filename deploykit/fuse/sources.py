@@ -115,6 +115,8 @@ def read(found: Trace, node: Node) -> Source | Refusal:
     if isinstance(law, Refusal):
         return law
     axis, affine = law
+    if axis == 0:
+        return Refusal("axis_mismatch", f"{name} acts along the batch axis")
     if not affine.is_finite:
         return Refusal("bad_statistics", f"{name} has a scale or shift that is not finite")
     return Source(node, axis, affine)

@@ -134,7 +134,7 @@ def _check_rows(check: Json) -> list[tuple[str, RenderableType]]:
                 "-" if top1 is None else f"{100 * top1:.2f} %",
                 _verdict(output["passed"], "same", "DIFFERS"),
             )
-        verdict = _verdict(comparison["passed"], "equivalent", "NOT EQUIVALENT")
+        verdict = _verdict(comparison["passed"], "equivalent:", "NOT EQUIVALENT:")
         what = f" {comparison['candidate']} on {comparison['runtime']}, {count(comparison['samples'], 'sample')}"
         reasons = [output["reason"] for output in comparison["outputs"] if output["reason"] and not output["passed"]]
         if comparison.get("reason"):
