@@ -72,7 +72,7 @@ Barrier = Annotated[
     list[str] | None,
     typer.Option("--barrier", metavar="LAYER", help="Nothing may be folded into or across this layer."),
 ]
-Opset = Annotated[int, typer.Option("--opset", min=13, max=21, help="ONNX opset.")]
+Opset = Annotated[int, typer.Option("--opset", min=13, max=18, help="ONNX opset; 18 is what tf2onnx reaches.")]
 Batch = Annotated[str, typer.Option("--batch", metavar="dynamic|N", help="Batch size of the exported file.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads per runtime; default: all cores.")]
 Seconds = Annotated[float, typer.Option("--seconds", min=0.1, help="Measuring time per candidate.")]

@@ -34,3 +34,8 @@ def test_every_extra_that_a_message_names_exists():
     sources = "".join(path.read_text() for path in (ROOT / "deploykit").rglob("*.py"))
     assert set(re.findall(r"deploykit\[(\w+)\]", sources)) <= extras
     assert extras >= {"gpu", "openvino", "litert", "legacy", "report", "dev"}
+
+
+def test_no_document_has_a_gap():
+    documents = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "models").glob("*.md")]
+    assert [path.name for path in documents if "@@" in path.read_text() or "TODO" in path.read_text()] == []
