@@ -322,7 +322,7 @@ def test_bad_usage_is_one_line(cli, small, arguments):
 @pytest.mark.parametrize("verb", ["fuse", "deploy"])
 def test_a_disk_that_fills_leaves_nothing(tmp_path, verb):
     """A file size limit stands in for a full disk; Python turns the signal into an OSError."""
-    target = tmp_path / "out"
+    target = tmp_path / ("out.keras" if verb == "fuse" else "out")
 
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
