@@ -414,7 +414,7 @@ def export(
             notices=result.notices,
             outputs_written=result.written,
         )
-        if not passed:
+        if result.unproven is not None:
             _fail_after_report(terminal, report, f"{model}: {result.unproven}; nothing was written")
         _finish(terminal, report)
 

@@ -184,7 +184,7 @@ def export_checked(
     progress: Progress = silent,
     clock: Clock | None = None,
 ) -> Checked:
-    """Fuse, export and compare; ``path`` exists afterwards only when the comparison passed.
+    """Fuse, export and compare; ``path`` exists afterwards only when the comparison passed and is evidence.
 
     ``own_samples``: the samples are the user's and serve the proof of the fusing, too.
     """
@@ -218,7 +218,7 @@ def export_checked(
         found = body(shipped, comparisons, policy)
         clock.lap("check")
         written = []
-        if found["passed"]:
+        if found["passed"] and unproven_reason(found) is None:
             path.absolute().parent.mkdir(parents=True, exist_ok=True)
             for file in Path(room).iterdir():
                 claim(path.with_name(file.name), force=force)
@@ -273,7 +273,7 @@ def deploy(
             progress=progress,
             clock=clock,
         )
-        if not made.check["passed"]:
+        if made.unproven is not None:
             report = _report(loaded, made, {}, {"bundle": None}, clock, ())
             raise failed(f"{loaded.path}: {made.unproven}; nothing was written", report)
         timed = _timed(loaded, made, room, samples, opset)

@@ -486,3 +486,12 @@ def test_no_arguments_show_the_help():
     done = subprocess.run(COMMAND, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert "deploy" in done.stdout
+
+
+def test_an_export_without_evidence_is_not_written(cli, tmp_path):
+    model = constant(tmp_path / "m.keras")
+    code, out, err = cli("export", model, "--no-fuse", "-o", tmp_path / "m.onnx", "--json", "-")
+    assert code == 1
+    assert json.loads(out)["proven"] is False
+    assert "--data" in err
+    assert files(tmp_path) == {"m.keras"}
