@@ -1,8 +1,9 @@
-"""What fusing costs: time and memory against loading the same model. ResNet50 with random weights.
+"""What fusing costs: against loading the same model, and by the number of layers.
 
-    python benchmarks/fuse_cost.py [--repeats 3] [--json]
+    python benchmarks/fuse_cost.py [--parts loading planning] [--repeats 3] [--json]
 
-Every step runs in a fresh process and reports its own peak memory; the steps take turns:
+**loading**: ResNet50 with random weights. Every step runs in a fresh process and reports its own peak memory; the
+steps take turns:
 
     import    TensorFlow, Keras and deploykit
     load      ... and load the model
@@ -17,11 +18,21 @@ Claimed are ratios, medians over the repeats:
 
 Seconds are shown as well; they belong to one machine. `deploykit --help` must not import TensorFlow:
 its time is given relative to the import's.
+
+**planning**: chains of 100, 1,000 and 10,000 layers, each in a fresh process: Dense, BatchNormalization, ReLU over
+and over, and a residual stream with pre-activation (BN, ReLU, Dense, twice, then Add). Shown are microseconds per
+layer for `trace` and for `plan`, the fastest of the repeats. Claimed is linear growth:
+
+    growth    microseconds per layer / the same of the chain a tenth as long         at most 2
+
+of `plan` from 1,000 to 10,000 layers; a planner whose time grows with the square would show 10. Below a thousand
+layers the times are milliseconds and the fixed part shows.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import statistics
@@ -29,11 +40,28 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 STEPS = ("import", "load", "fuse", "prove")
 TARGETS = {"fuse_over_load": 1.0, "fuse_memory_over_weights": 2.5}
+SIZES = (100, 1_000, 10_000)
+GROWTH_TARGET = 2.0
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def fresh(*arguments: str) -> str:
+    """Run this file in a process of its own; what it prints."""
+    done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(arguments)} failed:\n{done.stderr}")
+    return done.stdout
+
+
+# -------------------------------------------------------------------------------------------------- loading
 
 
 def build(path: Path) -> None:
@@ -83,14 +111,6 @@ def step(name: str, path: Path) -> dict[str, Any]:
             found["outcomes"] = {outcome: fused.count(outcome) for outcome in ("fused", "reduced", "kept")}
     found["peak_bytes"] = peak_rss_bytes()
     return found
-
-
-def fresh(*arguments: str) -> str:
-    """Run this file in a process of its own; what it prints."""
-    done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{' '.join(arguments)} failed:\n{done.stderr}")
-    return done.stdout
 
 
 def help_seconds() -> float | None:
@@ -153,25 +173,143 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"weights {found['weights_bytes'] / 1e6:.0f} MB, decisions {found['outcomes']}"])
 
 
+# ------------------------------------------------------------------------------------------------- planning
+
+
+def plain_chain(tensor: Any, layers: int) -> Any:
+    """Dense, BatchNormalization, ReLU over and over, ``layers`` in all."""
+    from keras import layers as L  # noqa: N812
+
+    for index in range(layers):
+        kind = (lambda: L.Dense(4), L.BatchNormalization, L.ReLU)[index % 3]
+        tensor = kind()(tensor)
+    return tensor
+
+
+def residual_stream(tensor: Any, layers: int) -> Any:
+    """A stream to which blocks of BN, ReLU, Dense, BN, ReLU, Dense are added; ``layers`` in all, rounded to blocks."""
+    from keras import layers as L  # noqa: N812
+
+    tensor = L.Dense(4)(tensor)
+    for _ in range((layers - 4) // 7):
+        branch = tensor
+        for _ in range(2):
+            branch = L.Dense(4)(L.ReLU()(L.BatchNormalization()(branch)))
+        tensor = L.Add()([tensor, branch])
+    return L.Dense(4)(L.ReLU()(L.BatchNormalization()(tensor)))
+
+
+CHAINS: Mapping[str, Callable[[Any, int], Any]] = {"plain": plain_chain, "residual": residual_stream}
+
+
+@contextlib.contextmanager
+def deep_recursion(layers: int) -> Iterator[None]:
+    """Keras builds a functional model by recursion, layer by layer."""
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(max(before, 20 * layers + 1000))
+    try:
+        yield
+    finally:
+        sys.setrecursionlimit(before)
+
+
+def planning(chain: str, layers: int, repeats: int) -> dict[str, Any]:
+    """Processor seconds of trace and plan of one chain, in this process; the fastest of the repeats."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    import keras
+    from nets import enliven
+
+    from deploykit.fuse.plan import plan
+    from deploykit.graph import trace
+
+    keras.utils.set_random_seed(0)
+    with deep_recursion(layers):
+        start = keras.Input((4,), name="x")
+        model = enliven(keras.Model(start, CHAINS[chain](start, layers)), positive=True)
+    clock = time.process_time
+    seconds: dict[str, list[float]] = {"trace": [], "plan": []}
+    for _ in range(repeats):
+        begin = clock()
+        found = trace(model)
+        seconds["trace"].append(clock() - begin)
+        begin = clock()
+        made = plan(found)
+        seconds["plan"].append(clock() - begin)
+    outcomes = Counter(decision.outcome for decision in made.decisions)
+    fastest = {name: min(values) for name, values in seconds.items()}
+    return {"layers": len(found.nodes), "seconds": fastest, "all_seconds": seconds, "outcomes": dict(outcomes)}
+
+
+def measure_planning(repeats: int) -> dict[str, Any]:
+    """All chains in all sizes, microseconds per layer, and how these grow from size to size."""
+    chains: dict[str, Any] = {}
+    for chain in CHAINS:
+        sizes = []
+        for layers in SIZES:
+            arguments = ("--step", "plan", "--chain", chain, "--layers", str(layers), "--repeats", str(repeats))
+            sizes.append(json.loads(fresh(*arguments).splitlines()[-1]))
+            print(f"{chain} chain of {sizes[-1]['layers']} layers", file=sys.stderr)
+        per_layer_us = {
+            part: [size["seconds"][part] / size["layers"] * 1e6 for size in sizes] for part in ("trace", "plan")
+        }
+        growth = {part: [high / low for low, high in pairwise(values)] for part, values in per_layer_us.items()}
+        chains[chain] = {"sizes": sizes, "per_layer_us": per_layer_us, "growth": growth}
+    return {"chains": chains, "target": GROWTH_TARGET}
+
+
+def planning_table(found: dict[str, Any]) -> str:
+    heading = "".join(f"{title:>10}" for title in ("layers", "us/layer", "growth"))
+    lines = []
+    for chain, rows in found["chains"].items():
+        for part, values in rows["per_layer_us"].items():
+            lines.append(f"{chain + ', ' + part:<18}{heading}")
+            for index, (size, value) in enumerate(zip(rows["sizes"], values, strict=True)):
+                growth = f"{rows['growth'][part][index - 1]:>10.2f}" if index else ""
+                lines.append(f"{'':<18}{size['layers']:>10,}{value:>10.1f}{growth}")
+        verdict = "met" if rows["growth"]["plan"][-1] <= found["target"] else "MISSED"
+        outcomes = rows["sizes"][-1]["outcomes"]
+        lines += [f"growth of plan at most {found['target']:.0f}: {verdict}; decisions {outcomes}", ""]
+    return "\n".join(lines)
+
+
+# -----------------------------------------------------------------------------------------------------------
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="time and memory of fusing against loading")
+    parser.add_argument("--parts", nargs="+", choices=("loading", "planning"), default=("loading", "planning"))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="print all measurements as JSON")
-    parser.add_argument("--step", choices=("build", *STEPS), help=argparse.SUPPRESS)
+    parser.add_argument("--step", choices=("build", "plan", *STEPS), help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--chain", choices=tuple(CHAINS), help=argparse.SUPPRESS)
+    parser.add_argument("--layers", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.step == "build":
         build(options.model)
         return 0
+    if options.step == "plan":
+        print(json.dumps(planning(options.chain, options.layers, options.repeats)))
+        return 0
     if options.step is not None:
         print(json.dumps(step(options.step, options.model)))
         return 0
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "resnet50.keras"
-        fresh("--step", "build", "--model", str(path))
-        found = measure(path, options.repeats)
-    print(json.dumps(found, indent=1) if options.json else table(found))
-    return 0 if all(found["ratios"][name] <= limit for name, limit in TARGETS.items()) else 1
+    found: dict[str, Any] = {}
+    tables: list[str] = []
+    met = True
+    if "loading" in options.parts:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "resnet50.keras"
+            fresh("--step", "build", "--model", str(path))
+            found |= measure(path, options.repeats)
+        tables.append(table(found))
+        met &= all(found["ratios"][name] <= limit for name, limit in TARGETS.items())
+    if "planning" in options.parts:
+        found["planning"] = measure_planning(options.repeats)
+        tables.append(planning_table(found["planning"]))
+        met &= all(rows["growth"]["plan"][-1] <= GROWTH_TARGET for rows in found["planning"]["chains"].values())
+    print(json.dumps(found, indent=1) if options.json else "\n\n".join(tables).rstrip())
+    return 0 if met else 1
 
 
 if __name__ == "__main__":

@@ -62,9 +62,42 @@ class Affine:
         return not self.shift.any()
 
     @property
-    def is_rising(self) -> bool:
-        """Every channel keeps its order: what a maximum or a ReLU needs of a scale."""
-        return bool((self.scale > 0).all())
+    def is_identity(self) -> bool:
+        return self.is_scaling and bool((self.scale == 1).all())
+
+    @property
+    def is_uniform(self) -> bool:
+        """The same for all channels, and so an affine along any axis."""
+        return bool((self.scale == self.scale[:1]).all() and (self.shift == self.shift[:1]).all())
+
+    @property
+    def keeps_order(self) -> bool:
+        """No channel is turned round: what a maximum or a ReLU needs of a scale; 0 is allowed."""
+        return bool((self.scale >= 0).all())
+
+    def inverse(self) -> Affine | None:
+        """The map back, None where some channel is collapsed to a constant (or next to it)."""
+        with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+            back = 1 / self.scale
+            found = Affine(back, -self.shift * back)
+        return found if found.is_finite else None
+
+    @property
+    def inverse_is_missing(self) -> npt.NDArray[np.bool_]:
+        """Per channel, whether it has no way back: its scale is 0, or so small that 1/scale is not finite."""
+        with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+            return ~(np.isfinite(1 / self.scale) & np.isfinite(self.shift / self.scale))
+
+    def of_size(self, channels: int) -> Affine:
+        """A uniform affine for another number of channels."""
+        return Affine(np.full(channels, self.scale[0]), np.full(channels, self.shift[0]))
+
+    def is_close(self, other: Affine, rtol: float = 1e-13) -> bool:
+        """Equal up to the rounding of a few float64 operations."""
+        if self.channels != other.channels:
+            return False
+        pairs = ((self.scale, other.scale), (self.shift, other.shift))
+        return all(bool((np.abs(a - b) <= rtol * np.maximum(np.abs(a), np.abs(b))).all()) for a, b in pairs)
 
     @property
     def largest_shift(self) -> float:

@@ -18,6 +18,7 @@ import errno
 import os
 import signal
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -295,7 +296,16 @@ def fuse(
     output: Out = None,
     keep: Keep = None,
     barrier: Barrier = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Decide and prove, write nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Decide and prove, write no model.")] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            "--plot",
+            metavar="PATH",
+            help="Draw the model before and after: .svg, .png, .pdf, or .dot.",
+            show_default=False,
+        ),
+    ] = None,
     data: Data = None,
     samples: Samples = None,
     image_size: ImageSize = None,
@@ -310,18 +320,23 @@ def fuse(
     verbose: Verbose = False,
 ) -> None:
     """Fold BatchNormalization and its kin into the neighbours, prove it, write MODEL.fused.keras."""
-    with _terminal(json, quiet, verbose, force, [model, weights, data, output]) as terminal:
+    with _terminal(json, quiet, verbose, force, [model, weights, data, output, plot]) as terminal:
         from deploykit.files import claim
+        from deploykit.report.drawing import claim_drawing, dot, draw
 
         target = output or model.with_suffix(".fused.keras")
         if target.suffix != ".keras":
             raise InputError(f"-o {target}: a fused model is written as .keras; give a name that ends so")
         if not dry_run:
             claim(target, force=force, inputs=(model, weights, data))
+        if plot is not None:
+            claim_drawing(plot, force=force, inputs=(model, weights, data))
         terminal.progress("loading")
         from deploykit.archive import write_keras
         from deploykit.deploy import Clock, fuse_body, samples_for
+        from deploykit.drawing import picture
         from deploykit.fuse import fuse as run
+        from deploykit.graph import trace
 
         clock = Clock()
         loaded = _load(model, custom_objects, weights, allow_code)
@@ -332,7 +347,14 @@ def fuse(
         with loaded.scope(), _reported(terminal, "fuse", model, clock):
             fused = run(loaded.model, keep=keep or (), barrier=barrier or (), samples=inputs, seed=seed)
             clock.seconds.update(fused.seconds)
-            written = [] if dry_run else [str(write_keras(fused.model, target, force=force))]
+            written = []
+            if plot is not None:  # first, so that a drawing that fails leaves no model behind
+                start = time.perf_counter()
+                sides = picture(trace(loaded.model), fused.decisions, trace(fused.model))
+                written.append(str(draw(dot(*sides, title=model.name), plot, force=force)))
+                clock.seconds["plot"] = time.perf_counter() - start
+            if not dry_run:
+                written.append(str(write_keras(fused.model, target, force=force)))
         report = _report(
             "fuse",
             clock,

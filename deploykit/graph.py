@@ -10,7 +10,7 @@ calls. Layers themselves are not copied and not touched; a trace is a descriptio
 node's call returns its input; where its output is an output of the model, an Identity of its name
 stands in, so that output names survive.
 
-What reads Keras' private parts (`_nodes_by_depth`, `Node.arguments`) is in `_calls` and nowhere else;
+What reads Keras' private parts (`_nodes_by_depth`, `_keras_history`, `Node.arguments`) is in `_calls` and nowhere else;
 they have been the same since Keras 3.0. What cannot be inlined exactly (a nested model that is called
 with a mask, or that converts what it is given) stays one opaque call.
 
@@ -23,7 +23,7 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -39,6 +39,7 @@ from deploykit.signature import Signature, TensorSpec
 
 L = keras.layers
 Config = dict[str, Any]
+Shape = tuple[int | None, ...]
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Ref:
 @dataclass(frozen=True)
 class Tensor:
     index: int
-    shape: tuple[int | None, ...]
+    shape: Shape
     dtype: str
     producer: int | None  # the node that makes it; None for an input of the model
     masked: bool = False  # a Keras mask travels with it
@@ -128,16 +129,40 @@ class Trace:
         return self._calls[id(node.layer)]
 
 
+def key(layer: Any) -> type | str:
+    """What tables of rules are keyed by: a layer's class, or the name of a plain Keras operation ("Add": x + y)."""
+    kind = type(layer)
+    return kind.__name__ if kind.__module__.startswith("keras.src.ops.") else kind
+
+
 # ---------------------------------------------------------------------------------------------- reading
 
 
 def _calls(model: Any) -> Iterator[tuple[Any, Any, tuple[Any, ...], dict[str, Any], list[Any]]]:
-    """(operation, Keras node, args, kwargs, output tensors) of a functional model, in running order."""
-    by_depth = model._nodes_by_depth
-    for depth in sorted(by_depth, reverse=True):
-        for node in by_depth[depth]:
-            if node.operation is not None and not node.is_input:
-                yield node.operation, node, node.arguments.args, node.arguments.kwargs, node.outputs
+    """(operation, Keras node, args, kwargs, output tensors) of a functional model, in running order.
+
+    The order is that of a walk from the outputs, arguments first. It depends on the graph alone, not on the order in
+    which layers were called, so that a model that is rebuilt is read the same way as the first.
+    """
+    belongs = {id(node) for nodes in model._nodes_by_depth.values() for node in nodes}
+    done: set[int] = set()
+    waiting = [(_made_by(symbol), False) for symbol in reversed(model.outputs)]
+    while waiting:
+        node, ready = waiting.pop()
+        if id(node) in done or id(node) not in belongs or node.is_input:
+            continue
+        if ready:
+            done.add(id(node))
+            yield node.operation, node, node.arguments.args, node.arguments.kwargs, node.outputs
+        else:
+            waiting.append((node, True))
+            waiting += [(_made_by(symbol), False) for symbol in reversed(node.input_tensors)]
+
+
+def _made_by(symbol: Any) -> Any:
+    """The Keras node that makes a symbolic tensor."""
+    history = symbol._keras_history
+    return history.operation._inbound_nodes[history.node_index]
 
 
 def _functional(model: Any) -> Any | None:
@@ -186,6 +211,7 @@ class _Reader:
         self.nodes: list[Node] = []
         self.tensors: list[Tensor] = []
         self.names: dict[int, str] = {}
+        self.taken: set[str] = set()
         self.renamed: dict[str, str] = {}
         self.kept_alive: list[Any] = []
 
@@ -196,12 +222,13 @@ class _Reader:
 
     def name(self, layer: Any, path: str) -> str:
         if id(layer) not in self.names:
-            name, taken = layer.name, set(self.names.values())
+            name, taken = layer.name, self.taken
             if name in taken:  # Keras forbids "/" in the name of a layer
                 stem = ".".join((path + layer.name).split("/"))
                 name = next(n for i in range(len(taken) + 2) if (n := stem + (f"_{i}" if i else "")) not in taken)
                 self.renamed[path + layer.name] = name
             self.names[id(layer)] = name
+            taken.add(name)
         return self.names[id(layer)]
 
     def read(self, model: Any, numbers: dict[int, int], training: bool, path: str) -> list[int]:
@@ -268,7 +295,8 @@ def trace(model: Any) -> Trace:
     for layer in (*input_layers, *functional.operations):  # names of the outermost level are never changed
         if _functional(layer) is None:
             reader.names[id(layer)] = layer.name
-    with _deep_recursion(len(functional.operations)):
+            reader.taken.add(layer.name)
+    with deep_recursion(len(functional.operations)):
         outputs = tuple(reader.read(functional, numbers, False, ""))
     position = {id(symbol): index for index, symbol in enumerate(functional.inputs)}
     counter = iter(range(len(outputs)))
@@ -364,7 +392,7 @@ def _plausible_range(found: Trace, tensor: int) -> tuple[float | None, float | N
 
 
 @contextlib.contextmanager
-def _deep_recursion(calls: int) -> Iterator[None]:
+def deep_recursion(calls: int) -> Iterator[None]:
     """Keras walks graphs recursively; a chain of a thousand layers needs more than Python's default."""
     before = sys.getrecursionlimit()
     sys.setrecursionlimit(max(before, 20 * calls + 1000))
@@ -441,6 +469,113 @@ def _copy_weights(new: Any, old: Any, name: str) -> None:
         target.assign(numpy(source))
 
 
+@dataclass(frozen=True)
+class Padding:
+    """A constant pad: (before, after) per axis, batch included. ``alone``: it stands in for the layer itself."""
+
+    widths: tuple[tuple[int, int], ...]
+    value: float
+    alone: bool
+
+
+def _padded(tensor: Any, padding: Padding, name: str) -> Any:
+    result = keras.ops.pad(tensor, padding.widths, constant_values=padding.value)
+    result._keras_history.operation.name = name
+    return result
+
+
+def _assign(layer: Any, values: Mapping[str, npt.NDArray[Any]], name: str) -> None:
+    """Give a layer all of its weights, by paths such as "cell.kernel"."""
+    if len(values) != len(layer.weights):
+        raise UnsupportedModelError(f"cannot rewrite layer '{name}' ({type(layer).__name__}): it has other weights")
+    for path, value in values.items():
+        variable = layer
+        for part in path.split("."):
+            variable = getattr(variable, part)
+        variable.assign(value)
+
+
+# --------------------------------------------------------- what TensorFlow does in float32 only, in float64
+
+
+def _interpolates(layer: Any) -> bool:
+    return isinstance(layer, (L.UpSampling2D, L.Resizing)) and layer.interpolation != "nearest"
+
+
+def _resampled(found: Trace, node: Node) -> bool:
+    """Whether a layer that interpolates is a matrix per axis: sizes known, nothing cropped or padded."""
+    shape = found.tensors[node.inputs[0]].shape
+    cuts = (getattr(node.layer, f"{what}_to_aspect_ratio", False) for what in ("crop", "pad"))
+    return _interpolates(node.layer) and len(shape) == 4 and None not in shape[1:] and not any(cuts)
+
+
+def _pools_cubes(found: Trace, node: Node) -> bool:
+    """TensorFlow pools three axes in float32 and less."""
+    return (
+        isinstance(node.layer, (L.MaxPooling3D, L.AveragePooling3D))
+        and None not in (found.tensors[node.inputs[0]].shape[1:])
+    )
+
+
+class _Pooling3D(keras.layers.Layer):  # type: ignore[misc]
+    """A pooling over three axes as one over two and one over the third: windows are boxes, so both max and mean
+    (over the elements that are no padding) are the max or mean of maxima or means."""
+
+    def __init__(self, layer: Any, **options: Any) -> None:
+        super().__init__(**options)
+        self.pool = keras.ops.max_pool if isinstance(layer, L.MaxPooling3D) else keras.ops.average_pool
+        self.size, self.strides, self.padding = layer.pool_size, layer.strides, layer.padding
+        self.first = layer.data_format == "channels_first"
+
+    def pooled(self, x: Any, axes: slice) -> Any:
+        return self.pool(x, self.size[axes], self.strides[axes], self.padding, data_format="channels_last")
+
+    def call(self, x: Any) -> Any:
+        x = keras.ops.moveaxis(x, 1, -1) if self.first else x
+        _, depth, height, width, channels = x.shape
+        x = self.pooled(keras.ops.reshape(x, (-1, height, width, channels)), slice(1, 3))
+        height, width = x.shape[1:3]
+        x = keras.ops.moveaxis(keras.ops.reshape(x, (-1, depth, height, width, channels)), 1, 3)
+        x = self.pooled(keras.ops.reshape(x, (-1, depth, channels)), slice(0, 1))
+        x = keras.ops.moveaxis(keras.ops.reshape(x, (-1, height, width, x.shape[1], channels)), 3, 1)
+        return keras.ops.moveaxis(x, -1, 1) if self.first else x
+
+
+class _Resampling(keras.layers.Layer):  # type: ignore[misc]
+    """What an interpolating layer does, in this layer's own precision.
+
+    TensorFlow interpolates in float32 whatever it is given. Interpolation is linear and separable, so its answer to
+    unit vectors is its matrix along each axis; rows are made to sum to 1 exactly, as they do in exact arithmetic.
+    """
+
+    def __init__(self, layer: Any, shape: Shape, **options: Any) -> None:
+        super().__init__(**options)
+        self.axes = (2, 3) if layer.data_format == "channels_first" else (1, 2)
+        self.matrices = [self.matrix(layer, shape, axis) for axis in self.axes]
+
+    def matrix(self, layer: Any, shape: Shape, axis: int) -> npt.NDArray[np.float64]:
+        """Shape (size before, size after)."""
+        size = shape[axis] or 1
+        place = [size, 1, 1, 1]
+        place[axis] = size
+        answer = numpy(layer(keras.ops.convert_to_tensor(np.eye(size, dtype=np.float32).reshape(place))))
+        found = np.moveaxis(answer, axis, 1)[:, :, 0, 0].astype(np.float64)
+        rows: npt.NDArray[np.float64] = found / found.sum(axis=0)
+        return rows
+
+    def call(self, x: Any) -> Any:
+        for axis, matrix in zip(self.axes, self.matrices, strict=True):
+            x = keras.ops.moveaxis(x, axis, -1) @ keras.ops.convert_to_tensor(matrix, dtype=x.dtype)
+            x = keras.ops.moveaxis(x, -1, axis)
+        return x
+
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
+        shape = list(input_shape)
+        for axis, matrix in zip(self.axes, self.matrices, strict=True):
+            shape[axis] = matrix.shape[1]
+        return tuple(shape)
+
+
 # Activations that squash an output so far that differences in front of it hardly show behind it.
 _SQUASHING = {"softmax", "sigmoid", "log_softmax", "hard_sigmoid", "tanh"}
 
@@ -463,21 +598,25 @@ def replay(
     *,
     changes: Mapping[str, Config] | None = None,
     weights: Callable[[str], Mapping[str, npt.NDArray[Any]] | None] = lambda name: None,
-    dropped: Mapping[str, str] | frozenset[str] = frozenset(),
+    dropped: Collection[str] = frozenset(),
+    swaps: Mapping[str, Callable[[], Any]] | None = None,
+    pads: Mapping[str, Padding] | None = None,
     dtype: str | None = None,
     logits: bool = False,
 ) -> Any:
     """Build a new functional model from a trace.
 
     ``changes``: layer name -> config entries that replace the layer's own.
-    ``weights``: layer name -> {variable attribute: value} or None for a copy of the layer's own weights;
-    asked once per layer, right after the layer was built, and its answer is not kept.
+    ``weights``: layer name -> {path of a variable: value} for all of its weights, or None for a copy of the layer's
+    own; asked once per layer, right after the layer was built, and its answer is not kept.
     ``dropped``: names of layers whose call returns its (single) input.
+    ``swaps``: layer name -> maker of the layer without weights that stands in for it.
+    ``pads``: layer name -> constant pad in front of it, or in its place.
     ``dtype``: compute in this dtype throughout ("float64" for a reference).
     ``logits``: append, as further outputs, what goes into a final softmax, sigmoid or the like; such a model is
     for proofs, and its outputs' names are not kept.
     """
-    changes = changes or {}
+    changes, swaps, pads = changes or {}, swaps or {}, pads or {}
     tensors: dict[int, Any] = {}
     layers: dict[int, Any] = {}
     extra: list[Any] = []
@@ -487,7 +626,7 @@ def replay(
             return tensors[value.index]
         return value if dtype is None else _cast_constant(value, dtype)
 
-    with _undisturbed_random(), _deep_recursion(len(found.nodes)):
+    with _undisturbed_random(), deep_recursion(len(found.nodes)):
         for index, layer in zip(found.inputs, found.input_layers, strict=True):
             config = layer.get_config() if isinstance(layer, L.InputLayer) else {}
             tensor = found.tensors[index]
@@ -502,6 +641,17 @@ def replay(
             if node.name in dropped:
                 tensors[node.outputs[0]] = tensors[node.inputs[0]]
                 continue
+            if node.name in swaps:
+                tensors[node.outputs[0]] = swaps[node.name]()(tensors[node.inputs[0]])
+                continue
+            pad = pads.get(node.name)
+            whole = tensors[node.inputs[0]] if node.inputs else None
+            if pad is not None:
+                padded = _padded(whole, pad, node.name if pad.alone else f"{node.name}.pad")
+                if pad.alone:
+                    tensors[node.outputs[0]] = padded
+                    continue
+                tensors[node.inputs[0]] = padded  # for this call only
             args, kwargs = tree.map_structure(put, node.args), tree.map_structure(put, node.kwargs)
             last = logits and any(found.is_output(index) for index in node.outputs)
             see = _squashes(node) if last and found.calls(node) == 1 else None
@@ -512,15 +662,20 @@ def replay(
                 change = dict(changes.get(node.name, {}))
                 if see == "split":
                     change["activation"] = "linear"
-                layers[id(node.layer)] = new = _clone(node, change, dtype)
+                if dtype == "float64" and _resampled(found, node):
+                    new = _Resampling(node.layer, found.tensors[node.inputs[0]].shape, dtype=dtype, name=node.name)
+                elif dtype == "float64" and _pools_cubes(found, node):
+                    new = _Pooling3D(node.layer, dtype=dtype, name=node.name)
+                else:
+                    new = _clone(node, change, dtype)
+                layers[id(node.layer)] = new
                 results = new(*args, **kwargs)
                 if isinstance(node.layer, L.Layer):
                     given = weights(node.name)
                     if given is None:
                         _copy_weights(new, node.layer, node.name)
                     else:
-                        for name, value in given.items():
-                            getattr(new, name).assign(value)
+                        _assign(new, given, node.name)
                     for part in new._flatten_layers():
                         if isinstance(part, L.Normalization):
                             part.finalize_state()  # what an adapted layer computes with is derived from its weights
@@ -530,6 +685,8 @@ def replay(
                 extra.append(results)
                 results = L.Activation(node.layer.activation, dtype=dtype, name=f"{node.name}.{see}")(results)
             tensors.update(zip(node.outputs, tree.flatten(results), strict=True))
+            if pad is not None:
+                tensors[node.inputs[0]] = whole
 
         inputs = tree.map_structure(lambda ref: tensors[found.inputs[ref.index]], found.input_structure)
         finals = [tensors[index] for index in found.outputs]
@@ -616,10 +773,6 @@ def values_per_sample(found: Trace, free: int = 32) -> int:
 
 
 def float32_only(found: Trace) -> tuple[str, ...]:
-    """Layers that TensorFlow evaluates in float32 whatever their dtype policy."""
-    names = []
-    for node in found.nodes:
-        interpolation = getattr(node.layer, "interpolation", "nearest")
-        if isinstance(node.layer, (L.UpSampling2D, L.Resizing)) and interpolation != "nearest":
-            names.append(node.name)
-    return tuple(dict.fromkeys(names))
+    """Layers that TensorFlow evaluates in float32 whatever their dtype policy, and that have no stand-in."""
+    stuck = [node.name for node in found.nodes if _interpolates(node.layer) and not _resampled(found, node)]
+    return tuple(dict.fromkeys(stuck))

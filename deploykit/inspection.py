@@ -1,7 +1,8 @@
 """Inspect: what a model file holds, without changing or judging anything but its health.
 
 Reads the file, lists signature, layers, parameters and affines by kind. A model that cannot be fused (NaN
-in its weights, quantized layers) is still shown, with a warning that says what to do.
+in its weights, quantized layers) is still shown, with a warning that says what to do. ``findings`` has every
+complaint of `deploykit.health`, ``health`` the warnings as lines for people, in which many of one kind are one.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 from deploykit.errors import UnsupportedModelError
 from deploykit.fuse.sources import is_source
 from deploykit.graph import trace
+from deploykit.health import examine, summary, training_steps
 from deploykit.load import Loaded, nonfinite_weights, refuse_rewriting
 from deploykit.signature import Signature, TensorSpec
 
@@ -61,6 +63,8 @@ def inspect_body(loaded: Loaded) -> dict[str, Any]:
         refuse_rewriting(model)
     except UnsupportedModelError as error:
         health.append(str(error))
+    findings = examine(found, training_steps(loaded.path) if loaded.training_config_found else None)
+    health += summary(findings)
     layers = []
     seen: set[str] = set()
     for node in found.nodes:
@@ -91,4 +95,7 @@ def inspect_body(loaded: Loaded) -> dict[str, Any]:
         "layers_total": len(layers),
         "layers": layers,
         "health": health,
+        "findings": [
+            {"layer": finding.layer, "code": finding.code, "message": finding.message} for finding in findings
+        ],
     }

@@ -52,8 +52,20 @@ def test_gathered_refuses_what_differs_by_position():
 def test_predicates():
     assert Affine([1.0, 2.0], [0.0, 0.0]).is_scaling
     assert not Affine([1.0, 2.0], [0.0, 1e-300]).is_scaling
-    assert Affine([1.0, 2.0], [0.0, 0.0]).is_rising
-    assert not Affine([1.0, 0.0], [0.0, 0.0]).is_rising
+    assert Affine([1.0, 0.0], [0.0, 0.0]).keeps_order
+    assert not Affine([1.0, -1e-9], [0.0, 0.0]).keeps_order
+    assert Affine([1.0, 1.0], [0.0, 0.0]).is_identity
+    assert Affine([2.0, 2.0], [1.0, 1.0]).is_uniform
+    assert not Affine([2.0, 2.0], [1.0, 1.5]).is_uniform
+
+
+def test_the_inverse_undoes_what_can_be_undone():
+    affine = Affine([2.0, -0.5], [1.0, 3.0])
+    assert affine.then(affine.inverse()).is_close(Affine([1.0, 1.0], [0.0, 0.0]))
+    for collapsed in (0.0, 1e-310):
+        found = Affine([2.0, collapsed], [1.0, 3.0])
+        assert found.inverse() is None
+        assert found.inverse_is_missing.tolist() == [False, True]
     assert not Affine([1.0, np.nan], [0.0, 0.0]).is_finite
     assert Affine([1.0], [-3.0]).largest_shift == 3.0
 

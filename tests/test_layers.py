@@ -14,9 +14,9 @@ PACKAGE = Path(__file__).resolve().parent.parent / "deploykit"
 # Highest first; modules of one row may import each other.
 ORDER = [
     {"cli"},
-    {"deploy", "inspection"},
+    {"deploy", "drawing", "inspection"},
     {"check", "bench", "bundle"},
-    {"fuse", "export", "load", "runtimes", "archive"},
+    {"fuse", "export", "load", "runtimes", "archive", "health"},
     {"graph", "channels"},
     {"affine", "compare", "stats", "report", "data", "environment"},
     {"verify", "errors", "signature", "files"},

@@ -87,6 +87,20 @@ def _float32_limit(ref: Reference) -> float:
 
 
 @dataclass(frozen=True, eq=False)
+class Refused:
+    """Sources that a round of measuring found unfit, with the reason; the reducible ones may still leave in part."""
+
+    reasons: Mapping[str, Refusal]
+    reducible: frozenset[str] = frozenset()
+
+    def with_(self, found: Mapping[str, Refusal], plan: Plan) -> Refused:
+        """What a fold costs in accuracy its shift costs: the scale alone may still go, but not twice unfit."""
+        outcomes = {decision.layer: decision.outcome for decision in plan.decisions}
+        costly = {n for n, why in found.items() if why.code == "conditioning" and outcomes[n] == "fused"}
+        return Refused({**self.reasons, **found}, (self.reducible - set(found)) | costly)
+
+
+@dataclass(frozen=True, eq=False)
 class _Job:
     """One fuse: the trace and what the user asked for."""
 
@@ -94,17 +108,19 @@ class _Job:
     keep: Collection[str]
     barrier: Collection[str]
 
-    def plan(self, refused: Mapping[str, Refusal]) -> Plan:
-        return make_plan(self.found, keep=self.keep, barrier=self.barrier, refused=refused)
+    def plan(self, refused: Refused, only: frozenset[str] | None = None) -> Plan:
+        return make_plan(
+            self.found,
+            keep=self.keep,
+            barrier=self.barrier,
+            refused=refused.reasons,
+            reducible=refused.reducible,
+            only=only,
+        )
 
-    def only(self, group: frozenset[str], everything: Collection[str]) -> Plan:
-        away = Refusal("kept_by_user", "left out of a trial")
-        return self.plan({name: away for name in everything if name not in group})
-
-    def at_fault(self, plan: Plan, fails: Callable[[Plan], bool]) -> list[str]:
-        suspects = sorted(plan.dropped)
-        everything = [decision.layer for decision in plan.decisions]
-        return blame(suspects, lambda group: not fails(self.only(group, everything)))
+    def at_fault(self, plan: Plan, refused: Refused, fails: Callable[[Plan], bool]) -> list[str]:
+        suspects = sorted(plan.changed)
+        return blame(suspects, lambda group: not fails(self.plan(refused, group))) or suspects
 
     def run(self, plan: Plan, ref: Reference) -> list[npt.NDArray[Any]]:
         return run(apply(self.found, plan).model, ref.samples, batch=ref.batch)
@@ -138,7 +154,7 @@ def fuse(
     if getattr(model, "compiled", False):
         notices.append("the model is compiled; the fused one is for inference and is not")
     ref: Reference | None = None
-    refused: dict[str, Refusal] = {}
+    refused = Refused({})
     while True:
         start = clock()
         plan = job.plan(refused)
@@ -147,7 +163,7 @@ def fuse(
         applied = apply(found, plan)
         seconds["apply"] += clock() - start
         if applied.losses:
-            refused.update(applied.losses)
+            refused = refused.with_(applied.losses, plan)
             continue
         if not prove:
             proof = None
@@ -158,16 +174,11 @@ def fuse(
                 samples = synthesize(found.signature, count=proofs.proof_count(found), seed=seed).arrays
             ref = proofs.reference(found, model, samples, seed)
         proof = proofs.prove(found, plan, applied.model, ref)
-        worse = _worse(job, plan, proof, ref)
+        worse = _worse(job, plan, refused, proof, ref)
         seconds["proof"] += clock() - start
         if not worse:
             break
-        if not set(worse) - set(refused):
-            raise ProofError(
-                f"the rebuilt model differs from the original by {proof.exactness_f64:.2g} in float64 "
-                f"(bound {proof.exactness_bound:.2g}) even with nothing fused; please report it"
-            )
-        refused.update(worse)
+        refused = refused.with_(worse, plan)
     notices += applied.notices
     single = float32_only(found)
     if prove and single:
@@ -184,20 +195,20 @@ def fuse(
     )
 
 
-def _worse(job: _Job, plan: Plan, proof: Proof, ref: Reference) -> dict[str, Refusal]:
+def _worse(job: _Job, plan: Plan, refused: Refused, proof: Proof, ref: Reference) -> dict[str, Refusal]:
     """The sources that a plan must give up, with the reason; empty when all is well."""
     if not proof.holds:
-        if not plan.dropped:
+        if not plan.changed:
             raise ProofError(
                 f"the rebuilt model differs from the original by {proof.exactness_f64:.2g} in float64 "
                 f"(bound {proof.exactness_bound:.2g}) with nothing fused; please report it"
             )
-        names = job.at_fault(plan, lambda trial: proofs.exactness(job.found, trial, ref)[0] > ref.bound)
+        names = job.at_fault(plan, refused, lambda trial: proofs.exactness(job.found, trial, ref)[0] > ref.bound)
         reason = f"fused, the model would differ by {proof.exactness_f64:.2g} in float64"
         return {name: Refusal("proof_failed", reason) for name in names}
     limit = _float32_limit(ref)
-    if proof.float32_fused > limit and plan.dropped:
-        names = job.at_fault(plan, lambda trial: ref.error(job.run(trial, ref), evidence_only=False) > limit)
+    if proof.float32_fused > limit and plan.changed:
+        names = job.at_fault(plan, refused, lambda trial: ref.error(job.run(trial, ref), evidence_only=False) > limit)
         bits = math.log2(proof.float32_fused / max(proof.float32_original, 2.0**-23))
         return {name: Refusal("conditioning", f"would lose {bits:.1f} bits in float32") for name in names}
     return {}

@@ -1,36 +1,68 @@
 """The plan: a decision for every source, made before any weight moves.
 
-For each source, in running order, two questions are asked of the trace:
+A source y = s·x + t leaves in two moves, each a change of x or of y (`deploykit.fuse.change`):
 
-    backward   can what makes my input absorb me *after* itself, through conduits?
-               (nobody else may read the tensors on the way, and none may be an output)
-    forward    can everything that reads my output absorb me *before* itself, through conduits?
-               (none of the tensors on the way may be an output)
+    the scale    backward  x' = s·x          forward  y = s·y', and x + t/s stays
+    the shift    backward  x' = x + t        forward  y = y' + t
 
-Backward is preferred: one layer changes instead of several. A source that goes becomes transparent for
-the others, so the round is repeated for those that stayed until nothing changes; every fold is exact on
-the model as it stands then, and edits are applied in the order they were decided. A demand is checked
-all along its path before it is promised.
+Both backward is what Conv -> BN wants, both forward what BN -> Dense wants; the scale forward and the shift backward is
+the law relu(s·x + t) = s·relu(x + t/s) of pre-activation nets. A move is possible when everything that touches a
+changed tensor can follow: sinks by their weights, conduits and merges by changing their other tensors in turn. So each
+move is a search: assign the first change, then settle the calls around it until nothing is left to settle or one
+refuses. Where a merge leaves a choice (which branch takes a shift) the options are tried in order, and a refusal goes
+back to the last choice that led to it. A tensor that several layers read is no obstacle as long as the others can undo
+its change; an input or an output of the model never changes.
 
-Pure: reads the trace and the source layers' parameters, changes nothing, same input same plan.
+Sources are asked in turns until nothing changes, in three stages:
+
+    1  both moves, into sinks alone
+    2  both moves, into other affines too: two become one, which may make the rest of a path free
+    3  the scale alone: one per-channel addition stays ("reduced")
+
+After a success the turn goes back to stage 1. Each fold is exact on the model as it stands then: a source that
+left is transparent, one that took something in has its new affine, padding that was changed has its new value.
+Short ways are preferred to long ones, then backward, which changes one layer instead of several.
+
+Cost: a move settles at most `SEARCH_LIMIT` calls, and is repeated only when something that it met has changed;
+so planning is linear in the number of layers. Pure: reads the trace and the sources' parameters, changes nothing,
+same input same plan.
+
+Limits: not a global optimum. Stages are greedy, and a net can be made where another order removes one more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+import heapq
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Literal
+
+import numpy as np
 
 from deploykit.affine import Affine
 from deploykit.errors import InputError
 from deploykit.fuse import conduits, sinks, sources
+from deploykit.fuse.change import Change, Site, inward, outward, site, unit
+from deploykit.fuse.conduits import Option, Ports
 from deploykit.fuse.reasons import Refusal
 from deploykit.fuse.sinks import Edit
-from deploykit.graph import Node, Trace
+from deploykit.graph import Node, Trace, deep_recursion, key
 
-# Where one direction says no more than that nothing is there, the other one's code is the interesting one.
-UNINFORMATIVE = ("no_sink", "model_input")
+Outcome = Literal["fused", "reduced", "kept"]
+Way = Literal["backward", "forward"]
+Direction = Literal["backward", "forward", "both"]
+
+SEARCH_LIMIT = 1000  # calls that one move may settle
+NEAR = 50  # of them when a shorter way may yet be found
+
+# How much a refusal says: that nothing is there; that an activation is in the way, as one nearly always is; that the
+# affine cannot be taken apart; or more.
+LITTLE: Mapping[str, int] = {"no_sink": 0, "model_input": 0, "nonlinear": 1, "negative_scale": 2, "not_invertible": 2}
+MUCH = 3
+
+# Refusals after which a source must stay as it is; after any other it may still take in what others give.
+UNTOUCHABLE = ("kept_by_user", "proof_failed")
 
 
 @dataclass(frozen=True)
@@ -38,9 +70,9 @@ class Decision:
     """What happens to one source."""
 
     layer: str
-    kind: str  # class of the source
-    outcome: Literal["fused", "reduced", "kept"]
-    direction: Literal["backward", "forward"] | None
+    kind: str  # class of the source, or the name of a plain operation
+    outcome: Outcome
+    direction: Direction | None
     into: tuple[str, ...]
     through: tuple[str, ...]
     code: str
@@ -49,12 +81,21 @@ class Decision:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
+    """``affines``: what a source that stays has become, where that changed; ``pads``: new values of padding."""
+
     decisions: tuple[Decision, ...]  # in running order
     edits: tuple[Edit, ...]  # in the order they are to be applied
+    affines: Mapping[str, tuple[int, Affine]] = field(default_factory=dict)
+    pads: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def dropped(self) -> frozenset[str]:
         return frozenset(decision.layer for decision in self.decisions if decision.outcome == "fused")
+
+    @property
+    def changed(self) -> frozenset[str]:
+        """Sources that left, or left in part."""
+        return frozenset(decision.layer for decision in self.decisions if decision.outcome != "kept")
 
     def edits_of(self, layer: str) -> tuple[Edit, ...]:
         return tuple(edit for edit in self.edits if edit.layer == layer)
@@ -68,11 +109,70 @@ class Plan:
 
 
 @dataclass(frozen=True, eq=False)
-class _Route:
-    """A way that is open: the edits at its ends and the names of the conduits passed."""
+class _Move:
+    """Part of a source that leaves: what becomes of x or of y, and what is left between them."""
 
+    way: Way
+    change: Affine  # x' = change(x) backward, y = change(y') forward
+    rest: Affine
+
+
+def _move(affine: Affine, part: Literal["scale", "shift"], way: Way) -> _Move | None:
+    """Take the scale or the shift out of an affine on one side; None where a scale of 0 stands against it."""
+    ones, zeros = np.ones(affine.channels), np.zeros(affine.channels)
+    scale, shift = Affine(affine.scale, zeros), Affine(ones, affine.shift)
+    if part == "scale" and way == "backward":
+        return _Move(way, scale, shift)
+    if part == "shift" and way == "forward":
+        return _Move(way, shift, scale)
+    if affine.is_scaling:
+        return _Move(way, scale, shift) if part == "scale" else _Move(way, shift, scale)
+    divided = affine.inverse()  # s·x + t = s·(x + t/s)
+    if divided is None:
+        return None
+    before = Affine(ones, -divided.shift)
+    return _Move(way, scale, before) if part == "scale" else _Move(way, before, scale)
+
+
+@dataclass(frozen=True, eq=False)
+class _Fold:
+    """A move that succeeded: what it changes, ready to be taken over."""
+
+    way: Way
     edits: tuple[Edit, ...]
+    affines: Mapping[str, tuple[int, Affine]]  # other sources
+    pads: Mapping[str, float]
     through: tuple[str, ...]
+    rest: Affine
+
+
+Choices = frozenset[int]  # calls at which a choice led here
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """A refusal, and the choices without which it might not have come."""
+
+    refusal: Refusal
+    choices: Choices
+
+
+@dataclass(eq=False)
+class _Search:
+    """The tensors changed so far and the calls that still have to follow."""
+
+    source: Node
+    changes: dict[int, Change]
+    choices: dict[int, Choices]  # tensor -> the choices that led to its change
+    pending: list[tuple[bool, int]]  # heap of (passes changes on, node index)
+    causes: dict[int, str]  # node index -> the layer whose output it also reads, where that is why it is asked
+
+    def copy(self) -> _Search:
+        return _Search(self.source, dict(self.changes), dict(self.choices), list(self.pending), dict(self.causes))
+
+    def led_to(self, node: Node) -> Choices:
+        tensors = (*node.inputs, *node.outputs)
+        return frozenset().union(*(self.choices.get(tensor, frozenset()) for tensor in tensors))
 
 
 class _Planner:
@@ -80,79 +180,365 @@ class _Planner:
         self.found = found
         self.barriers = frozenset(barriers)
         self.gone: set[str] = set()  # fused sources: their calls return their input
+        self.open: dict[str, sources.Source] = {}  # sources that stay so far, with their affine as it is now
+        self.closed: set[str] = set()  # sources that may not even take in what others give
+        self.pads: dict[str, float] = {}
+        self.sites: dict[int, Site] = {}
+        self.limit = SEARCH_LIMIT
+        self.left = 0  # of the limit
+        self.met: set[str] = set()
+        self.merging = False  # stage 2: other affines are sinks too
 
-    def blocked(self, node: Node) -> Refusal | None:
-        """What stands against touching a layer at all."""
-        if node.name in self.barriers:
-            return Refusal("barrier", f"{node.name} is a barrier")
-        if len(node.inputs) > 1 and (sinks.is_sink(node) or conduits.is_conduit(node)):
-            return Refusal("mask", f"{node.name} is called with a second tensor besides its input")
+    def site(self, node: Node) -> Site:
+        """A call as the rules see it, with its padding as it is now."""
+        if node.index not in self.sites:
+            self.sites[node.index] = site(self.found, node)
+        at = self.sites[node.index]
+        return replace(at, pad=self.pads[node.name]) if node.name in self.pads else at
+
+    # ------------------------------------------------------------------------------------------ one move
+
+    def attempt(self, source: sources.Source, move: _Move) -> _Fold | Refusal:
+        """Make one move of a source, if everything around can follow."""
+        node = source.node
+        same = Change.to(source.axis, unit(source.affine.channels))
+        back = move.way == "backward"
+        changed = (Change.to if back else Change.undone_by)(source.axis, move.change)
+        search = _Search(node, {}, {}, [], {})
+        self.left = self.limit
+        self.met.add(node.name)
+        # both ends are set, changed or not: nothing that follows may change them otherwise
+        for tensor, change in (
+            (node.inputs[0], changed if back else same),
+            (node.outputs[0], same if back else changed),
+        ):
+            failure = self.change(search, tensor, change, node, frozenset())
+            if failure is not None:
+                return failure.refusal
+        solved = self.solve(search)
+        return solved.refusal if isinstance(solved, _Failure) else self.harvest(source, move, solved)
+
+    def change(self, search: _Search, tensor: int, change: Change, asker: Node, choices: Choices) -> _Failure | None:
+        """Set the change of a tensor and ask the calls around it, but for the asker, to follow."""
+        found = self.found
+        known = search.changes.get(tensor)
+        if known is not None:
+            if known.agrees(change) or (known.is_identity and change.is_identity):
+                return None
+            refusal = Refusal("conflict", f"{asker.name} would need its neighbours in two ways at once")
+            return _Failure(refusal, choices | search.choices[tensor])
+        search.changes[tensor], search.choices[tensor] = change, choices
+        if change.is_identity:
+            return None
+        maker = found.producer(tensor)
+        if found.is_output(tensor):
+            end = Refusal("model_output", f"{maker.name if maker else 'the input'} is an output of the model")
+            return _Failure(end, choices)
+        if maker is None:
+            return _Failure(Refusal("model_input", "it follows an input of the model"), choices)
+        behind = maker is not asker  # asked from behind: the other readers of the tensor must undo it
+        cause = search.causes.get(asker.index)
+        if behind:
+            self.ask(search, maker, cause)
+        for reader in found.consumers(tensor):
+            if reader is not asker:
+                self.ask(search, reader, cause or (maker.name if behind else None))
         return None
 
-    def backward(self, source: str, tensor: int, axis: int, affine: Affine) -> _Route | Refusal:
-        """Ask what makes ``tensor`` to apply ``affine`` to it."""
-        found = self.found
-        readers = found.consumers(tensor)
-        if found.is_output(tensor):
-            maker = found.producer(tensor)
-            return Refusal("model_output", f"{maker.name if maker else 'the input'} is an output of the model")
-        node = found.producer(tensor)
-        if node is None:
-            return Refusal("model_input", "it follows an input of the model")
-        if len(readers) > 1:
-            others = ", ".join(reader.name for reader in readers[:4])
-            return Refusal("fan_out", f"{node.name} feeds {len(readers)} layers ({others})")
-        if node.name in self.gone:
-            return self.backward(source, node.inputs[0], axis, affine)
-        if (barrier := self.blocked(node)) is not None:
-            return barrier
-        if sinks.is_sink(node):
-            refusal = sinks.demand(found, node, axis, affine, "after")
-            return refusal or _Route((Edit(node.name, "after", affine, source),), ())
-        if conduits.is_conduit(node):
-            step = conduits.travel(found, node, axis, affine, forward=False)
-            if isinstance(step, Refusal):
-                return step
-            return _via(node, self.backward(source, node.inputs[0], *step))
-        return Refusal("no_sink", f"{node.name} ({type(node.layer).__name__}) cannot take an affine behind it")
+    def ask(self, search: _Search, node: Node, cause: str | None) -> None:
+        if node is search.source:
+            return
+        # calls that pass nothing on come first, since they may end the search; the others in running order, so that
+        # all that reaches a merge from its branches is known when it is settled
+        heapq.heappush(search.pending, (self.passes_on(node), node.index))
+        if cause is not None:
+            search.causes.setdefault(node.index, cause)
 
-    def forward(self, source: str, tensor: int, axis: int, affine: Affine) -> _Route | Refusal:
-        """Ask everything that reads ``tensor`` to apply ``affine`` to it first."""
-        found = self.found
-        if found.is_output(tensor):
-            maker = found.producer(tensor)
-            return Refusal("model_output", f"{maker.name if maker else 'the input'} is an output of the model")
+    def passes_on(self, node: Node) -> bool:
+        if sources.is_source(node):
+            return node.name in self.gone
+        at = self.site(node)
+        return conduits.is_conduit(at) or conduits.is_merge(at)
+
+    def solve(self, search: _Search) -> _Search | _Failure:
+        """Settle every pending call; at a choice, the first option that leads to an end."""
+        while search.pending:
+            node = self.found.nodes[heapq.heappop(search.pending)[1]]
+            self.left -= 1
+            self.met.add(node.name)
+            led = search.led_to(node)
+            if self.left < 0:  # no other choice is worth trying
+                return _Failure(Refusal("search_limit", f"no end within {self.limit} layers"), frozenset())
+            options = self.settle(search, node)
+            if isinstance(options, Refusal):
+                return _Failure(self.explained(search, node, options), led)
+            if len(options) > 1:
+                return self.choose(search, node, options, led)
+            failure = self.follow(search, node, options[0], led)
+            if failure is not None:
+                return failure
+        return search
+
+    def choose(
+        self, search: _Search, node: Node, options: Sequence[Mapping[int, Change]], led: Choices
+    ) -> _Search | _Failure:
+        """Try options in order; back to an earlier choice as soon as this one has nothing to do with a failure."""
+        first: Refusal | None = None
+        blamed = led
+        for option in options:
+            trial = search.copy()
+            failure = self.follow(trial, node, option, led | {node.index})
+            if failure is None:
+                solved = self.solve(trial)
+                if isinstance(solved, _Search):
+                    return solved
+                failure = solved
+            if node.index not in failure.choices:
+                return failure
+            first = first or failure.refusal
+            blamed |= failure.choices - {node.index}
+        assert first is not None
+        return _Failure(first, blamed)
+
+    def follow(self, search: _Search, node: Node, option: Mapping[int, Change], choices: Choices) -> _Failure | None:
+        for tensor, change in option.items():
+            failure = self.change(search, tensor, change, node, choices)
+            if failure is not None:
+                return _Failure(self.explained(search, node, failure.refusal), failure.choices)
+        return None
+
+    def explained(self, search: _Search, node: Node, refusal: Refusal) -> Refusal:
+        """Where a layer was asked only because it shares a tensor, that is the reason to tell."""
+        maker = search.causes.get(node.index)
+        if maker is None or refusal.code in ("fan_out", "search_limit"):
+            return refusal
+        return Refusal("fan_out", f"{maker} also feeds {node.name}, which cannot undo the change: {refusal.reason}")
+
+    # ------------------------------------------------------------------------------------------ one call
+
+    def settle(self, search: _Search, node: Node) -> Sequence[Mapping[int, Change]] | Refusal:
+        """The ways in which a call can follow the changes around it: changes that its other tensors must take."""
+        if node.name in self.gone:
+            return self.wire(search, node)
+        if node.name in self.barriers:
+            return Refusal("barrier", f"{node.name} is a barrier")
+        if sources.is_source(node):
+            return self.take_in(search, node)
+        at = self.site(node)
+        sink = sinks.is_sink(at)
+        if at.steps and at.masked:
+            return Refusal("mask", f"{node.name} sees a mask")
+        if conduits.is_merge(at) and len(node.inputs) > 1:
+            return self.merge(search, at)
+        if len(node.inputs) > 1 and (conduits.is_conduit(at) or (sink and not sinks.takes_several(at))):
+            return Refusal("mask", f"{node.name} is called with a second tensor besides its input")
+        if sink:
+            return self.absorb(search, at)
+        if conduits.is_conduit(at):
+            return self.pass_on(search, at)
+        where = "behind it" if node.outputs[0] in search.changes else "in front of it"
+        return Refusal("no_sink", f"{node.name} ({type(at.layer).__name__}) cannot take an affine {where}")
+
+    def wire(self, search: _Search, node: Node) -> Sequence[Mapping[int, Change]] | Refusal:
+        ends = node.inputs[0], node.outputs[0]
+        known = [search.changes.get(tensor) for tensor in ends]
+        change = known[0] or known[1]
+        assert change is not None
+        return [dict.fromkeys(ends, change)]
+
+    def take_in(self, search: _Search, node: Node) -> Sequence[Mapping[int, Change]] | Refusal:
+        """Another source: from stage 2 on it can become whatever is asked of it."""
+        stays = Refusal("no_sink", f"{node.name} ({type(node.layer).__name__}) cannot take an affine itself")
+        if not self.merging or node.name in self.closed or node.name not in self.open:
+            return stays
+        if self.found.tensors[node.inputs[0]].masked:
+            return Refusal("mask", f"{node.name} sees a mask")
+        source = self.open[node.name]
+        before, after = search.changes.get(node.inputs[0]), search.changes.get(node.outputs[0])
+        if (before is not None and before.back is None) or (after is not None and after.forth is None):
+            return Refusal("not_invertible", f"{node.name} cannot undo a scale of 0")
+        for change in (before, after):
+            if change is not None and change.onto(source.axis, source.affine.channels) is None:
+                return Refusal("axis_mismatch", f"{node.name} acts along another axis")
+        return [{}]
+
+    def absorb(self, search: _Search, at: Site) -> Sequence[Mapping[int, Change]] | Refusal:
+        for taken in self.taken(search, at):
+            if isinstance(taken, Refusal):
+                return taken
+        return [{}]
+
+    def taken(self, search: _Search, at: Site) -> Iterator[tuple[sinks.Side, Change, int] | Refusal]:
+        """Every change around a sink as its weights would take it: (side, change, port)."""
+        node = at.node
+        if self.found.calls(node) > 1:
+            yield Refusal("shared_layer", f"{node.name} is called {self.found.calls(node)} times")
+            return
+        ports = [(node.inputs.index(tensor), tensor) for tensor in dict.fromkeys(node.inputs)]
+        sides: list[tuple[sinks.Side, int, int]] = [("before", port, tensor) for port, tensor in ports]
+        sides += [("after", port, tensor) for port, tensor in enumerate(node.outputs)]
+        for side, port, tensor in sides:
+            change = search.changes.get(tensor)
+            if change is None or change.is_identity:
+                continue
+            shape = at.inputs[port] if side == "before" else at.output
+            seen = inward(at, change, shape)
+            if not isinstance(seen, Refusal) and side == "after" and port:
+                seen = Refusal("no_sink", f"{node.name} cannot take an affine behind its states")
+            if not isinstance(seen, Refusal):
+                seen = sinks.demand(at, side, seen, port)
+            yield seen if isinstance(seen, Refusal) else (side, seen, port)
+
+    def pass_on(self, search: _Search, at: Site) -> Sequence[Mapping[int, Change]] | Refusal:
+        ends = at.node.inputs[0], at.node.outputs[0]
+        forward = search.changes.get(ends[0])
+        change = forward or search.changes[ends[1]]
+        seen = inward(at, change, at.inputs[0] if forward else at.output)
+        if isinstance(seen, Refusal):
+            return seen
+        moved = conduits.travel(at, seen, forward=forward is not None)
+        if isinstance(moved, Refusal):
+            return moved
+        if conduits.CONDUITS[key(at.layer)].pads:
+            value = self.new_padding(at, moved if forward is None else seen)
+            if isinstance(value, Refusal):
+                return value
+        return [{ends[1 if forward else 0]: outward(at, moved)}]
+
+    def new_padding(self, at: Site, change: Change) -> float | Refusal:
+        """The constant that a padding layer must put around its input when that has changed."""
+        value = conduits.new_padding(at, change)
+        if isinstance(value, Refusal) or value == conduits.pad_value(at):
+            return value
+        if at.steps or self.found.calls(at.node) > 1:
+            return Refusal("padded_shift", f"{at.name} would have to pad with {value:.3g} in one place only")
+        return value
+
+    def merge(self, search: _Search, at: Site) -> Sequence[Mapping[int, Change]] | Refusal:
+        node = at.node
+        if len(set(node.inputs)) < len(node.inputs):
+            return Refusal("fan_out", f"{node.name} reads one tensor twice")
+        ins = tuple(search.changes.get(tensor) for tensor in node.inputs)
+        makers = [self.found.producer(tensor) for tensor in node.inputs]
+        made = [-1 if maker is None else maker.index for maker in makers]
+        nearest = sorted(range(len(made)), key=made.__getitem__, reverse=True)
+        ports = Ports(ins, search.changes.get(node.outputs[0]), tuple(nearest))
+        options = conduits.MERGES[key(at.layer)](at, ports)
+        if isinstance(options, Refusal):
+            return options
+        return [self.tensors_of(node, option) for option in options]
+
+    @staticmethod
+    def tensors_of(node: Node, option: Option) -> dict[int, Change]:
+        changes = {node.inputs[port]: change for port, change in option.inputs.items()}
+        return changes if option.output is None else {**changes, node.outputs[0]: option.output}
+
+    # ------------------------------------------------------------------------------------------ taking over
+
+    def harvest(self, source: sources.Source, move: _Move, search: _Search) -> _Fold:
+        """What a solved search asks of every layer it touched."""
+        name = source.node.name
         edits: list[Edit] = []
+        affines: dict[str, tuple[int, Affine]] = {}
+        pads: dict[str, float] = {}
         through: list[str] = []
-        for node in found.consumers(tensor):
-            route = self.into(source, node, axis, affine)
-            if isinstance(route, Refusal):
-                return route
-            edits += route.edits
-            through += route.through
-        if not edits:
-            return Refusal("no_sink", "nothing reads it")
-        return _Route(tuple(edits), tuple(dict.fromkeys(through)))
+        touched = {node.index: node for tensor in search.changes for node in self.around(search, tensor)}
+        for _, node in sorted(touched.items()):
+            if node is source.node or node.name in self.gone:
+                continue
+            at = self.site(node)
+            if sources.is_source(node):
+                affines[node.name] = self.took(search, node)
+            elif sinks.is_sink(at):
+                for taken in self.taken(search, at):
+                    assert not isinstance(taken, Refusal)
+                    side, change, port = taken
+                    affine = change.back if side == "before" else change.forth
+                    assert affine is not None
+                    roles = sinks.roles(at, port) if side == "before" else ()
+                    edits.append(Edit(node.name, side, change.axis, affine, name, roles))
+                    if side == "before" and sinks.pads_anew(at, change):
+                        pads[node.name] = self.padded_with(at, change)
+            else:
+                through.append(node.name)
+                if conduits.is_conduit(at) and conduits.CONDUITS[key(at.layer)].pads:
+                    value = self.padded_with(at, search.changes[node.inputs[0]])
+                    if value != conduits.pad_value(at):
+                        pads[node.name] = value
+        return _Fold(move.way, tuple(edits), affines, pads, tuple(through), move.rest)
 
-    def into(self, source: str, node: Node, axis: int, affine: Affine) -> _Route | Refusal:
-        found = self.found
-        if node.name in self.gone:
-            return self.forward(source, node.outputs[0], axis, affine)
-        if (barrier := self.blocked(node)) is not None:
-            return barrier
-        if sinks.is_sink(node):
-            refusal = sinks.demand(found, node, axis, affine, "before")
-            return refusal or _Route((Edit(node.name, "before", affine, source),), ())
-        if conduits.is_conduit(node):
-            step = conduits.travel(found, node, axis, affine, forward=True)
-            if isinstance(step, Refusal):
-                return step
-            return _via(node, self.forward(source, node.outputs[0], *step))
-        return Refusal("no_sink", f"{node.name} ({type(node.layer).__name__}) cannot take an affine in front of it")
+    @staticmethod
+    def padded_with(at: Site, change: Change) -> float:
+        value = conduits.new_padding(at, change)
+        assert not isinstance(value, Refusal)  # settled
+        return value
+
+    def around(self, search: _Search, tensor: int) -> Iterator[Node]:
+        if search.changes[tensor].is_identity:
+            return
+        maker = self.found.producer(tensor)
+        if maker is not None:
+            yield maker
+        yield from self.found.consumers(tensor)
+
+    def took(self, search: _Search, node: Node) -> tuple[int, Affine]:
+        """What another source becomes: its own affine between what it must undo and what it must do."""
+        source = self.open[node.name]
+        affine = source.affine
+        before, after = search.changes.get(node.inputs[0]), search.changes.get(node.outputs[0])
+        if before is not None and before.back is not None:
+            affine = self.along(source, before.back, before).then(affine)
+        if after is not None and after.forth is not None:
+            affine = affine.then(self.along(source, after.forth, after))
+        return source.axis, affine
+
+    @staticmethod
+    def along(source: sources.Source, affine: Affine, change: Change) -> Affine:
+        return affine if change.axis == source.axis else affine.of_size(source.affine.channels)
 
 
-def _via(node: Node, route: _Route | Refusal) -> _Route | Refusal:
-    return route if isinstance(route, Refusal) else _Route(route.edits, (node.name, *route.through))
+@dataclass(eq=False)
+class _Record:
+    """What is known of one source while the plan is made."""
+
+    node: Node
+    refusals: dict[str, Refusal] = field(default_factory=dict)  # by what was tried
+    asked: dict[int, int] = field(default_factory=dict)  # stage -> clock of the last attempt that failed
+    met: dict[int, frozenset[str]] = field(default_factory=dict)  # stage -> what that attempt met
+    folds: list[_Fold] = field(default_factory=list)
+
+    @property
+    def into(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(n for fold in self.folds for n in (*(e.layer for e in fold.edits), *fold.affines)))
+
+    @property
+    def through(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for fold in self.folds for name in fold.through))
+
+    @property
+    def direction(self) -> Direction | None:
+        ways = {fold.way for fold in self.folds}
+        return None if not ways else ways.pop() if len(ways) == 1 else "both"
+
+    def decision(self, outcome: Outcome, code: str, reason: str) -> Decision:
+        kind = self.node.layer.layer if type(self.node.layer).__name__ == "TimeDistributed" else self.node.layer
+        return Decision(
+            self.node.name, type(kind).__name__, outcome, self.direction, self.into, self.through, code, reason
+        )
+
+    def blocked_by(self) -> Refusal:
+        """The refusal that says most: of what stands behind and in front, then of taking the affine apart."""
+        told = [self.refusals[way] for way in ("backward", "forward", "both", "in part") if way in self.refusals]
+        ends = [refusal for refusal in told[:2] if _says(refusal) == MUCH]
+        found = max(ends or [refusal for refusal in told if _says(refusal) < MUCH], key=_says, default=None)
+        return found if found and _says(found) else Refusal("no_sink", "")
+
+    def told(self) -> str:
+        return "; ".join(f"{way}: {refusal.reason}" for way, refusal in self.refusals.items())
+
+
+def _says(refusal: Refusal) -> int:
+    return LITTLE.get(refusal.code, MUCH)
 
 
 def check_names(found: Trace, names: Collection[str], flag: str) -> None:
@@ -165,59 +551,188 @@ def check_names(found: Trace, names: Collection[str], flag: str) -> None:
             raise InputError(f"{flag} {name}: the model has no layer of that name{hint}")
 
 
+class _Turns:
+    """Asks the sources in turns, stage by stage, until nothing changes."""
+
+    def __init__(
+        self, planner: _Planner, records: Mapping[str, _Record], whole: Collection[str], part: Collection[str]
+    ):
+        self.planner, self.records = planner, records
+        self.whole, self.part = frozenset(whole), frozenset(part)  # what may leave wholly; what at least in part
+        self.edits: list[Edit] = []
+        self.clock = 0
+        self.changed_at: dict[str, int] = {}
+
+    def run(self) -> None:
+        while any(self.sweeps(stage) for stage in (1, 2, 3)):
+            pass
+
+    def sweeps(self, stage: int) -> bool:
+        """Ask every open source in one stage, back and forth; whether anything changed."""
+        self.planner.merging = stage == 2
+        names = [name for name in self.planner.open if name in (self.whole if stage < 3 else self.part)]
+        any_progress = progress = False
+        while True:
+            progress = False
+            for name in names:
+                if name in self.planner.open and self.worth_asking(name, stage):
+                    progress |= self.ask(name, stage)
+            any_progress |= progress
+            if not progress or stage == 3:
+                return any_progress
+            names.reverse()
+
+    def worth_asking(self, name: str, stage: int) -> bool:
+        record = self.records[name]
+        if stage not in record.asked:
+            return True
+        return any(self.changed_at.get(met, -1) >= record.asked[stage] for met in record.met[stage])
+
+    def ask(self, name: str, stage: int) -> bool:
+        """Let a source leave in one of the ways of a stage; whether it did."""
+        record, planner = self.records[name], self.planner
+        affine = planner.open[name].affine
+        planner.met = {name}
+        refusals: dict[str, Refusal] = {}
+        ways: Sequence[_Way] = _WAYS
+        if stage == 3:
+            ways = _PARTS if not affine.is_scaling and not (affine.scale == 1).all() else ()
+        for planner.limit in (NEAR, SEARCH_LIMIT):  # a short way is better than a long one
+            further = []
+            for way in ways:
+                refusal = self.leave(name, way)
+                if refusal is None:
+                    return True
+                if refusal.code == "search_limit" and planner.limit < SEARCH_LIMIT:
+                    further.append(way)
+                    continue
+                told = "in part" if stage == 3 else way.name
+                if told not in refusals or _says(refusal) > _says(refusals[told]):
+                    refusals[told] = refusal
+            ways = further
+        if stage != 2:  # what other affines refuse is not what stands in the way
+            of_other_stage = {way: r for way, r in record.refusals.items() if (way == "in part") != (stage == 3)}
+            record.refusals = {**of_other_stage, **refusals}
+        record.asked[stage], record.met[stage] = self.clock, frozenset(planner.met)
+        return False
+
+    def leave(self, name: str, way: _Way) -> Refusal | None:
+        """Make all moves of one way, or none."""
+        planner = self.planner
+        axis, before = planner.open[name].axis, (dict(planner.open), dict(planner.pads))
+        folds: list[_Fold] = []
+        for part, side in way.moves:
+            source = planner.open[name]
+            if source.affine.is_scaling if part == "shift" else bool((source.affine.scale == 1).all()):
+                continue  # nothing of that kind to move
+            move = _move(source.affine, part, side)
+            found = _zeros(source.affine) if move is None else planner.attempt(source, move)
+            if isinstance(found, Refusal):
+                planner.open, planner.pads = before
+                return found
+            folds.append(found)
+            planner.pads.update(found.pads)
+            for layer, (along, affine) in {**found.affines, name: (axis, found.rest)}.items():
+                planner.open[layer] = replace(planner.open[layer], axis=along, affine=affine)
+        self.take_over(name, folds)
+        return None
+
+    def take_over(self, name: str, folds: Sequence[_Fold]) -> None:
+        """Make folds part of the model as it stands; a source of which nothing is left is gone."""
+        planner = self.planner
+        self.records[name].folds += folds
+        if planner.open[name].affine.is_identity:
+            planner.gone.add(name)
+            del planner.open[name]
+        self.clock += 1
+        for fold in folds:
+            self.edits += fold.edits
+            self.changed_at.update(dict.fromkeys((*fold.affines, *fold.pads), self.clock))
+        self.changed_at[name] = self.clock
+
+
+@dataclass(frozen=True)
+class _Way:
+    name: str
+    moves: tuple[tuple[Literal["scale", "shift"], Way], ...]
+
+
+_WAYS = (
+    _Way("backward", (("scale", "backward"), ("shift", "backward"))),
+    _Way("forward", (("scale", "forward"), ("shift", "forward"))),
+    _Way("forward", (("shift", "forward"), ("scale", "forward"))),  # a scale of 0 lets no shift pass it
+    _Way("both", (("scale", "forward"), ("shift", "backward"))),
+    _Way("both", (("scale", "backward"), ("shift", "forward"))),
+)
+_PARTS = (_Way("in part", (("scale", "backward"),)), _Way("in part", (("scale", "forward"),)))
+
+
+def _zeros(affine: Affine) -> Refusal:
+    zero = np.flatnonzero(affine.inverse_is_missing)
+    channels = ", ".join(map(str, zero[:4])) + (", ..." if len(zero) > 4 else "")
+    return Refusal("not_invertible", f"the scale of {len(zero)} channels is 0 (channel {channels})")
+
+
 def plan(
     found: Trace,
     *,
     keep: Collection[str] = (),
     barrier: Collection[str] = (),
     refused: Mapping[str, Refusal] | None = None,
+    reducible: Collection[str] = (),
+    only: Collection[str] | None = None,
 ) -> Plan:
     """Decide for every source of a trace.
 
     ``keep``: sources that must stay. ``barrier``: layers that no affine may enter or cross.
-    ``refused``: sources that an earlier round found unfit (conditioning, a failed proof), with the reason.
+    ``refused``: sources that an earlier round found unfit (conditioning, a failed proof), with the reason; of these
+    the ``reducible`` ones may still leave in part.
+    ``only``: the sources that may leave in a trial; the others stay, but may take in what these give.
     """
     check_names(found, keep, "--keep")
     check_names(found, barrier, "--barrier")
     standing = dict(refused or {})
     standing |= {name: Refusal("kept_by_user", f"--keep {name}") for name in keep}
     planner = _Planner(found, barrier)
-    decided: dict[str, Decision] = {}
-    edits: list[Edit] = []
-    nodes = {node.name: node for node in found.nodes if sources.is_source(node)}
-    open_sources: dict[str, sources.Source] = {}
-    for name, node in nodes.items():
-        source = standing.get(name) or planner.blocked(node) or sources.read(found, node)
-        if isinstance(source, Refusal):
-            decided[name] = _kept(node, source.code, source.reason)
-        else:
-            open_sources[name] = source
-
-    progress = True
-    while progress:
-        progress = False
-        for name, source in list(open_sources.items()):
-            node = source.node
-            back = planner.backward(name, node.inputs[0], source.axis, source.affine)
-            route = back
-            if isinstance(back, Refusal):
-                route = planner.forward(name, node.outputs[0], source.axis, source.affine)
-            if isinstance(route, Refusal):
-                assert isinstance(back, Refusal)
-                code = next((c for c in (back.code, route.code) if c not in UNINFORMATIVE), "no_sink")
-                decided[name] = _kept(node, code, f"backward: {back.reason}; forward: {route.reason}")
+    records = {node.name: _Record(node) for node in found.nodes if sources.is_source(node)}
+    final: dict[str, Refusal] = {}
+    with deep_recursion(len(found.nodes)):
+        for name, record in records.items():
+            source = _readable(planner, record.node)
+            if isinstance(source, Refusal):
+                final[name] = source
                 continue
-            into = tuple(edit.layer for edit in route.edits)
-            direction: Literal["backward", "forward"] = "forward" if isinstance(back, Refusal) else "backward"
-            decided[name] = Decision(
-                name, type(node.layer).__name__, "fused", direction, into, route.through, "folded", "exact"
-            )
-            edits += route.edits
-            planner.gone.add(name)
-            del open_sources[name]
-            progress = True
-    return Plan(tuple(decided[name] for name in nodes), tuple(edits))
+            planner.open[name] = source
+            if name in standing:
+                final[name] = standing[name]
+                if standing[name].code in UNTOUCHABLE:
+                    planner.closed.add(name)
+        free = [name for name in records if name not in final and (only is None or name in only)]
+        partly = [name for name in reducible if name in final and (only is None or name in only)]
+        turns = _Turns(planner, records, free, [*free, *partly])
+        turns.run()
+    decisions = tuple(_decided(record, planner, final.get(name)) for name, record in records.items())
+    changed = {name for record in records.values() for fold in record.folds for name in fold.affines}
+    changed |= {name for name, record in records.items() if record.folds}
+    affines = {name: (s.axis, s.affine) for name, s in planner.open.items() if name in changed}
+    return Plan(decisions, tuple(turns.edits), affines, dict(planner.pads))
 
 
-def _kept(node: Node, code: str, reason: str) -> Decision:
-    return Decision(node.name, type(node.layer).__name__, "kept", None, (), (), code, reason)
+def _readable(planner: _Planner, node: Node) -> sources.Source | Refusal:
+    if node.name in planner.barriers:
+        return Refusal("barrier", f"{node.name} is a barrier")
+    if len(node.inputs) > 1:
+        return Refusal("mask", f"{node.name} is called with a second tensor besides its input")
+    return sources.read(planner.found, node)
+
+
+def _decided(record: _Record, planner: _Planner, standing: Refusal | None) -> Decision:
+    if record.node.name in planner.gone:
+        return record.decision("fused", "folded", "exact")
+    if record.folds:
+        why = standing or record.blocked_by()
+        return record.decision(
+            "reduced", why.code, f"the shift stays: {standing.reason if standing else record.told()}"
+        )
+    why = standing or record.blocked_by()
+    return record.decision("kept", why.code, standing.reason if standing else record.told())

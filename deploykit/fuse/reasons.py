@@ -30,6 +30,11 @@ CODES: Mapping[str, str] = {
     "overflow": "a folded weight would not fit into the layer's dtype",
     "underflow": "the folded weights of a channel would vanish in the layer's dtype",
     "conditioning": "exact in algebra, but the fold would cost accuracy in the layer's dtype",
+    "nonlinear": "an activation (or a product) on the way passes scales at most, and no shift",
+    "negative_scale": "the scale of a channel is negative where an activation or a maximum needs it positive",
+    "not_invertible": "the scale of a channel is 0 where it would have to be undone",
+    "conflict": "the layers around would have to change in two ways at once",
+    "search_limit": "the search for layers that could follow was given up",
     "proof_failed": "the fold did not reproduce the model in float64; please report it",
 }
 

@@ -217,7 +217,7 @@ def inspect(report: Json, console: Console) -> None:
     for index, warning in enumerate(report["health"]):
         rows.append(("health" if index == 0 else "", Text(warning, style="yellow")))
     if not report["health"]:
-        rows.append(("health", "all weights are finite"))
+        rows.append(("health", "nothing to warn about: all weights are finite and no layer's numbers are unusual"))
     parts: list[RenderableType] = [_head(report), _grid(rows + _notices(report))]
     table = _table("layer", "class", "output", "parameters", right=[3])
     layers = report["layers"]
