@@ -15,6 +15,7 @@ traveller carries it. No framework is imported here.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -56,16 +57,16 @@ class Affine:
     def is_finite(self) -> bool:
         return bool(np.isfinite(self.scale).all() and np.isfinite(self.shift).all())
 
-    @property
+    @cached_property
     def is_scaling(self) -> bool:
         """No channel is shifted."""
         return not self.shift.any()
 
-    @property
+    @cached_property
     def is_identity(self) -> bool:
         return self.is_scaling and bool((self.scale == 1).all())
 
-    @property
+    @cached_property
     def is_uniform(self) -> bool:
         """The same for all channels, and so an affine along any axis."""
         return bool((self.scale == self.scale[:1]).all() and (self.shift == self.shift[:1]).all())

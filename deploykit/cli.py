@@ -337,6 +337,7 @@ def fuse(
         from deploykit.drawing import picture
         from deploykit.fuse import fuse as run
         from deploykit.graph import trace
+        from deploykit.inspection import health_of
 
         clock = Clock()
         loaded = _load(model, custom_objects, weights, allow_code)
@@ -355,13 +356,14 @@ def fuse(
                 clock.seconds["plot"] = time.perf_counter() - start
             if not dry_run:
                 written.append(str(write_keras(fused.model, target, force=force)))
+        findings, health = health_of(loaded, trace(loaded.model))
         report = _report(
             "fuse",
             clock,
-            fuse_body(fused),
+            fuse_body(fused, findings),
             model=str(model),
             proven=True,
-            notices=[*loaded.notices, *fused.notices],
+            notices=[*loaded.notices, *fused.notices, *health],
             outputs_written=written,
         )
         _finish(terminal, report)
@@ -423,7 +425,7 @@ def export(
         body = {
             "opset": opset,
             "size_bytes": result.exported.bytes,
-            "fuse": fuse_body(result.fused) if result.fused else None,
+            "fuse": fuse_body(result.fused, result.findings) if result.fused else None,
             "check": result.check,
         }
         report = _report(

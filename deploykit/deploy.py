@@ -34,7 +34,8 @@ from deploykit.export import Exported, export, export_stock
 from deploykit.files import claim, whole_folder
 from deploykit.fuse import Fused, fuse
 from deploykit.graph import signature as signature_of
-from deploykit.inspection import signature_json, source_json
+from deploykit.graph import trace
+from deploykit.inspection import health_of, signature_json, source_json
 from deploykit.load import Loaded
 from deploykit.report import Report, dumps
 from deploykit.report.html import page
@@ -94,8 +95,8 @@ def samples_for(model: Any, options: DataOptions) -> Samples:
     )
 
 
-def fuse_body(fused: Fused) -> dict[str, Any]:
-    """The keys of ``deploykit.fuse/1``."""
+def fuse_body(fused: Fused, findings: Sequence[Mapping[str, str]] = ()) -> dict[str, Any]:
+    """The keys of ``deploykit.fuse/1``; ``findings``: what there is to say about the model's health."""
     kinds: dict[str, dict[str, int]] = {}
     outcomes = ("fused", "reduced", "kept")
     for decision in fused.decisions:
@@ -131,6 +132,7 @@ def fuse_body(fused: Fused) -> dict[str, Any]:
         "float32": {"original": proof.float32_original, "fused": proof.float32_fused} if proof else None,
         "insensitive": list(proof.insensitive) if proof else [],
         "proof_samples": proof.samples if proof else 0,
+        "findings": list(findings),
     }
 
 
@@ -161,6 +163,7 @@ class Checked:
     check: dict[str, Any]
     notices: list[str]
     written: list[str]
+    findings: list[dict[str, str]]  # about the health of the model fused
 
     @property
     def unproven(self) -> str | None:
@@ -192,13 +195,15 @@ def export_checked(
     policy, clock = policy or policy_from(), clock or Clock()
     model, fused = loaded.model, None
     notices = list(loaded.notices)
+    findings: list[dict[str, str]] = []
     if fusing:
         progress("fusing")
         inputs = samples.head(16).arrays if own_samples else None
         with loaded.scope():
             fused = fuse(model, keep=keep, barrier=barrier, samples=inputs, seed=seed)
         model = fused.model
-        notices += fused.notices
+        findings, lines = health_of(loaded, trace(loaded.model))
+        notices += [*fused.notices, *lines]
         clock.lap("fuse")
     existing = path.absolute().parent
     while not existing.is_dir():
@@ -227,7 +232,7 @@ def export_checked(
                 written.append(str(path.with_name(file.name)))
             exported = replace(exported, path=path)
     notices += [*exported.notices, *reference.notices]
-    return Checked(fused, exported, shipped, found, list(dict.fromkeys(notices)), written)
+    return Checked(fused, exported, shipped, found, list(dict.fromkeys(notices)), written, findings)
 
 
 def deploy(
@@ -375,7 +380,7 @@ def _report(
         reason=made.unproven,
         body={
             "source": source_json(loaded),
-            "fuse": fuse_body(made.fused),
+            "fuse": fuse_body(made.fused, made.findings),
             "check": made.check,
             "bench": dict(bench_body),
             **more,

@@ -12,8 +12,8 @@ from collections import Counter
 from typing import Any
 
 from deploykit.errors import UnsupportedModelError
-from deploykit.fuse.sources import is_source
-from deploykit.graph import trace
+from deploykit.fuse.sources import is_source, kind_of
+from deploykit.graph import Trace, trace
 from deploykit.health import examine, summary, training_steps
 from deploykit.load import Loaded, nonfinite_weights, refuse_rewriting
 from deploykit.signature import Signature, TensorSpec
@@ -54,6 +54,13 @@ def _parameters(variables: Any) -> int:
     return sum(math.prod(variable.shape) for variable in variables)
 
 
+def health_of(loaded: Loaded, found: Trace) -> tuple[list[dict[str, str]], list[str]]:
+    """What `deploykit.health` complains of: every finding, and the lines for people."""
+    findings = examine(found, training_steps(loaded.path) if loaded.training_config_found else None)
+    plain = [{"layer": finding.layer, "code": finding.code, "message": finding.message} for finding in findings]
+    return plain, summary(findings)
+
+
 def inspect_body(loaded: Loaded) -> dict[str, Any]:
     """The keys of ``deploykit.inspect/1``."""
     model = loaded.model
@@ -63,8 +70,8 @@ def inspect_body(loaded: Loaded) -> dict[str, Any]:
         refuse_rewriting(model)
     except UnsupportedModelError as error:
         health.append(str(error))
-    findings = examine(found, training_steps(loaded.path) if loaded.training_config_found else None)
-    health += summary(findings)
+    findings, lines = health_of(loaded, found)
+    health += lines
     layers = []
     seen: set[str] = set()
     for node in found.nodes:
@@ -91,11 +98,9 @@ def inspect_body(loaded: Loaded) -> dict[str, Any]:
             "total": _parameters(model.weights),
             "trainable": _parameters(model.trainable_weights),
         },
-        "affines": dict(Counter(type(node.layer).__name__ for node in found.nodes if is_source(node))),
+        "affines": dict(Counter(kind_of(node) for node in found.nodes if is_source(node))),
         "layers_total": len(layers),
         "layers": layers,
         "health": health,
-        "findings": [
-            {"layer": finding.layer, "code": finding.code, "message": finding.message} for finding in findings
-        ],
+        "findings": findings,
     }

@@ -553,7 +553,7 @@ def mixed_dtypes():
 
 def masked():
     x = keras.Input((7,), dtype="int32", name="x")
-    y = L.Embedding(5, 4, mask_zero=True)(x)
+    y = L.Activation("tanh")(L.Embedding(5, 4, mask_zero=True)(x))
     return enliven(keras.Model(x, L.Dense(3)(L.GlobalAveragePooling1D()(BN()(y)))))
 
 

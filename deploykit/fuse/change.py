@@ -112,6 +112,7 @@ class Site:
     masked: bool
     steps: bool
     pad: float | None = None  # what an earlier fold made of the padding's value
+    edits: tuple[Any, ...] = ()  # what the layer has absorbed already
 
     @property
     def rank(self) -> int:

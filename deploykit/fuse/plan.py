@@ -179,10 +179,12 @@ class _Planner:
     def __init__(self, found: Trace, barriers: Collection[str]) -> None:
         self.found = found
         self.barriers = frozenset(barriers)
+        self.sources = {node.name for node in found.nodes if sources.is_source(node)}
         self.gone: set[str] = set()  # fused sources: their calls return their input
         self.open: dict[str, sources.Source] = {}  # sources that stay so far, with their affine as it is now
         self.closed: set[str] = set()  # sources that may not even take in what others give
         self.pads: dict[str, float] = {}
+        self.edits: dict[str, list[Edit]] = {}
         self.sites: dict[int, Site] = {}
         self.limit = SEARCH_LIMIT
         self.left = 0  # of the limit
@@ -190,11 +192,13 @@ class _Planner:
         self.merging = False  # stage 2: other affines are sinks too
 
     def site(self, node: Node) -> Site:
-        """A call as the rules see it, with its padding as it is now."""
+        """A call as the rules see it, with its padding and its weights as they are now."""
         if node.index not in self.sites:
             self.sites[node.index] = site(self.found, node)
         at = self.sites[node.index]
-        return replace(at, pad=self.pads[node.name]) if node.name in self.pads else at
+        if node.name not in self.pads and node.name not in self.edits:
+            return at
+        return replace(at, pad=self.pads.get(node.name), edits=tuple(self.edits.get(node.name, ())))
 
     # ------------------------------------------------------------------------------------------ one move
 
@@ -255,7 +259,7 @@ class _Planner:
             search.causes.setdefault(node.index, cause)
 
     def passes_on(self, node: Node) -> bool:
-        if sources.is_source(node):
+        if node.name in self.sources:
             return node.name in self.gone
         at = self.site(node)
         return conduits.is_conduit(at) or conduits.is_merge(at)
@@ -322,7 +326,7 @@ class _Planner:
             return self.wire(search, node)
         if node.name in self.barriers:
             return Refusal("barrier", f"{node.name} is a barrier")
-        if sources.is_source(node):
+        if node.name in self.sources:
             return self.take_in(search, node)
         at = self.site(node)
         sink = sinks.is_sink(at)
@@ -351,8 +355,6 @@ class _Planner:
         stays = Refusal("no_sink", f"{node.name} ({type(node.layer).__name__}) cannot take an affine itself")
         if not self.merging or node.name in self.closed or node.name not in self.open:
             return stays
-        if self.found.tensors[node.inputs[0]].masked:
-            return Refusal("mask", f"{node.name} sees a mask")
         source = self.open[node.name]
         before, after = search.changes.get(node.inputs[0]), search.changes.get(node.outputs[0])
         if (before is not None and before.back is None) or (after is not None and after.forth is None):
@@ -447,7 +449,7 @@ class _Planner:
             if node is source.node or node.name in self.gone:
                 continue
             at = self.site(node)
-            if sources.is_source(node):
+            if node.name in self.sources:
                 affines[node.name] = self.took(search, node)
             elif sinks.is_sink(at):
                 for taken in self.taken(search, at):
@@ -521,10 +523,8 @@ class _Record:
         return None if not ways else ways.pop() if len(ways) == 1 else "both"
 
     def decision(self, outcome: Outcome, code: str, reason: str) -> Decision:
-        kind = self.node.layer.layer if type(self.node.layer).__name__ == "TimeDistributed" else self.node.layer
-        return Decision(
-            self.node.name, type(kind).__name__, outcome, self.direction, self.into, self.through, code, reason
-        )
+        kind = sources.kind_of(self.node)
+        return Decision(self.node.name, kind, outcome, self.direction, self.into, self.through, code, reason)
 
     def blocked_by(self) -> Refusal:
         """The refusal that says most: of what stands behind and in front, then of taking the affine apart."""
@@ -534,7 +534,11 @@ class _Record:
         return found if found and _says(found) else Refusal("no_sink", "")
 
     def told(self) -> str:
-        return "; ".join(f"{way}: {refusal.reason}" for way, refusal in self.refusals.items())
+        """What stood in each way; a reason that comes again is told once."""
+        ways: dict[str, str] = {}
+        for way, refusal in self.refusals.items():
+            ways.setdefault(refusal.reason, way)
+        return "; ".join(f"{way}: {reason}" for reason, way in ways.items())
 
 
 def _says(refusal: Refusal) -> int:
@@ -619,8 +623,10 @@ class _Turns:
     def leave(self, name: str, way: _Way) -> Refusal | None:
         """Make all moves of one way, or none."""
         planner = self.planner
-        axis, before = planner.open[name].axis, (dict(planner.open), dict(planner.pads))
+        axis = planner.open[name].axis
         folds: list[_Fold] = []
+        open_before: dict[str, sources.Source] = {}
+        pads_before: dict[str, float | None] = {}
         for part, side in way.moves:
             source = planner.open[name]
             if source.affine.is_scaling if part == "shift" else bool((source.affine.scale == 1).all()):
@@ -628,12 +634,22 @@ class _Turns:
             move = _move(source.affine, part, side)
             found = _zeros(source.affine) if move is None else planner.attempt(source, move)
             if isinstance(found, Refusal):
-                planner.open, planner.pads = before
+                planner.open.update(open_before)
+                for layer, value in pads_before.items():
+                    planner.pads.pop(layer) if value is None else planner.pads.update({layer: value})
+                for fold in folds:
+                    for edit in fold.edits:
+                        planner.edits[edit.layer].remove(edit)
                 return found
             folds.append(found)
-            planner.pads.update(found.pads)
+            for layer, value in found.pads.items():
+                pads_before.setdefault(layer, planner.pads.get(layer))
+                planner.pads[layer] = value
             for layer, (along, affine) in {**found.affines, name: (axis, found.rest)}.items():
+                open_before.setdefault(layer, planner.open[layer])
                 planner.open[layer] = replace(planner.open[layer], axis=along, affine=affine)
+            for edit in found.edits:
+                planner.edits.setdefault(edit.layer, []).append(edit)
         self.take_over(name, folds)
         return None
 
@@ -721,8 +737,6 @@ def plan(
 def _readable(planner: _Planner, node: Node) -> sources.Source | Refusal:
     if node.name in planner.barriers:
         return Refusal("barrier", f"{node.name} is a barrier")
-    if len(node.inputs) > 1:
-        return Refusal("mask", f"{node.name} is called with a second tensor besides its input")
     return sources.read(planner.found, node)
 
 

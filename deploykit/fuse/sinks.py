@@ -37,7 +37,7 @@ import numpy as np
 import numpy.typing as npt
 
 from deploykit.affine import Affine
-from deploykit.channels import CHANNELS, from_block, response, scale_inputs, scale_outputs, to_block
+from deploykit.channels import CHANNELS, Kernel, from_block, response, scale_inputs, scale_outputs, to_block
 from deploykit.fuse.change import Change, Site
 from deploykit.fuse.conduits import HOMOGENEOUS, activation_name, negative, new_padding, same_padding
 from deploykit.fuse.reasons import Refusal
@@ -152,7 +152,7 @@ def _product_before(at: Site, change: Change, port: int) -> Change | Refusal:
             return Refusal(
                 "padded_shift",
                 f"padding='{layer.padding}' on {at.name} would see a shift of up to {_seen(back)}"
-                + _border(layer, back, widths),
+                + _border(at, back, widths),
             )
     return found
 
@@ -169,11 +169,12 @@ def _seen(affine: Affine) -> str:
     return f"{affine.largest_shift:.3g}"
 
 
-def _border(layer: Any, back: Affine, widths: Any) -> str:
+def _border(at: Site, back: Affine, widths: Any) -> str:
     """By how much the padded windows would be wrong: the answer of the taps that see padding to the shift."""
     if isinstance(widths, Refusal):
         return ""
-    blocks = _blocks(layer)
+    layer = at.layer
+    blocks = _blocks(layer, _product_weights(layer, at.edits) if at.edits else None)
     first, later = blocks[0][1], blocks[1:]
     g, i = first.shape[1:3]
     taps = np.einsum("kgio,gi->kgo", first, back.shift.reshape(g, i)).reshape(len(first), -1)
@@ -194,11 +195,13 @@ def _border(layer: Any, back: Affine, widths: Any) -> str:
     return f" (the border wrong by up to {worst:.3g})"
 
 
-def _blocks(layer: Any) -> list[tuple[Any, Float64]]:
+def _blocks(layer: Any, weights: Weights | None = None) -> list[tuple[Kernel, Float64]]:
+    """The kernels of a layer as blocks; ``weights`` in place of its own."""
     found = []
     for kernel in CHANNELS[type(layer)].kernels:
         groups = getattr(layer, "groups", 1) if kernel.name == "kernel" else 1
-        found.append((kernel, to_block(numpy(getattr(layer, kernel.name)), kernel.order, groups)))
+        values = weights[kernel.name] if weights else numpy(getattr(layer, kernel.name))
+        found.append((kernel, to_block(values, kernel.order, groups)))
     return found
 
 
@@ -474,7 +477,7 @@ def _attention_weights(layer: Any, edits: Sequence[Edit]) -> Weights:
 
 _PRODUCT = Sink(_product_after, _product_before, _product_weights, _bias_if_shifted)
 _NORM = Sink(_norm_after, None, _norm_weights, _norm_config)
-_RNN = Sink(None, _recurrent_before, _recurrent_weights, _recurrent_config)
+_RNN = Sink(None, _recurrent_before, _recurrent_weights, _recurrent_config, several=True)  # a mask, initial states
 
 SINKS: Mapping[type | str, Sink] = {
     **dict.fromkeys(CHANNELS, _PRODUCT),

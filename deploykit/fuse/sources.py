@@ -148,6 +148,11 @@ SOURCES: Mapping[type | str, Law] = {
 }
 
 
+def kind_of(node: Node) -> str:
+    """What a source is counted under: its class, that of the layer in a wrapper, or the operation's name."""
+    return type(node.layer.layer if type(node.layer) is L.TimeDistributed else node.layer).__name__
+
+
 def is_source(node: Node) -> bool:
     """Whether a node is an affine by its kind. An operation on two tensors is none."""
     layer = node.layer.layer if type(node.layer) is L.TimeDistributed else node.layer
@@ -170,6 +175,8 @@ def read(found: Trace, node: Node) -> Source | Refusal:
         return Refusal("shared_layer", f"{at.name} is called {found.calls(node)} times")
     if node.training and isinstance(at.layer, L.BatchNormalization):
         return Refusal("training_mode", f"{at.name} is called with training=True and normalises by the batch")
+    if len(node.inputs) > 1 and not isinstance(at.layer, L.BatchNormalization):  # whose mask counts in training only
+        return Refusal("mask", f"{at.name} is called with a second tensor besides its input")
     if before.dtype != after.dtype:
         return Refusal("dtype_change", f"{at.name} turns {before.dtype} into {after.dtype}")
     if at.steps and at.masked:

@@ -92,7 +92,8 @@ def page(report: Json) -> str:
     sections = [
         f"<h1>{escape(name)}</h1>",
         f'<p class="verdict {"good" if passed else "bad"}">{verdict}</p>',
-        f"<p>{affines['fused']} of {affines['total']} affines fused; {escape(files)}; opset {report['opset']}.</p>",
+        f"<p>{affines['fused']} of {affines['total']} affines fused, {affines['reduced']} reduced; "
+        f"{escape(files)}; opset {report['opset']}.</p>",
         f"<h2>Equivalence</h2><p>Reference in {check['reference']['precision']}, {escape(check['data'])}.</p>",
         _check(check),
         "<h2>Latency</h2>",

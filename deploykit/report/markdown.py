@@ -123,9 +123,10 @@ def model_card(report: Json) -> str:
         "",
         "## Fused",
         "",
-        f"{affines['fused']} of {affines['total']} affines were folded into their neighbours.",
+        f"{affines['fused']} of {affines['total']} affines were folded into their neighbours"
+        + (f", {affines['reduced']} were reduced to one addition." if affines["reduced"] else "."),
     ]
-    lines += [f"- kept `{d['layer']}`: {d['reason']}" for d in kept[:20]]
+    lines += [f"- {d['outcome']} `{d['layer']}`: {d['reason']}" for d in kept[:20]]
     if len(kept) > 20:
         lines.append(f"- and {len(kept) - 20} more, see `report.json`")
     if fuse["exactness_f64"] is not None:

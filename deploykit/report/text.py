@@ -58,29 +58,34 @@ def _seconds(report: Json) -> str:
 # ------------------------------------------------------------------------------------------------- fuse
 
 
-def _fused_rows(fuse: Json) -> list[tuple[str, RenderableType]]:
+def _fused_rows(fuse: Json, *, reasons: bool = True) -> list[tuple[str, RenderableType]]:
     affines, decisions = fuse["affines"], fuse["decisions"]
-    kinds = ", ".join(f"{n['fused']} of {n['total']} {kind}" for kind, n in affines["by_kind"].items())
-    backward = sum(d["direction"] == "backward" for d in decisions)
-    forward = sum(d["direction"] == "forward" for d in decisions)
     if not affines["total"]:
-        return [("fused", "nothing: the model has no BatchNormalization, Normalization or Rescaling")]
+        return [
+            ("fused", "nothing: the model has no BatchNormalization, Normalization, Rescaling or constant arithmetic")
+        ]
+    kinds = ", ".join(f"{n['fused']} of {n['total']} {kind}" for kind, n in affines["by_kind"].items())
+    ways = Counter(d["direction"] for d in decisions if d["outcome"] == "fused")
+    told = ", ".join(f"{ways[way]} {way}" for way in ("backward", "forward", "both") if ways[way])
     params = fuse["params"]
     rows: list[tuple[str, RenderableType]] = [
         (
             "fused",
-            f"{kinds}  ({backward} backward, {forward} forward);  "
-            f"{params['before']:,} -> {params['after']:,} parameters",
+            f"{kinds}{f'  ({told})' if told else ''};  {params['before']:,} -> {params['after']:,} parameters",
         )
     ]
-    kept = [d for d in decisions if d["outcome"] != "fused"]
-    if not kept:
+    for outcome in ("reduced", "kept") if reasons else ():
+        stay = [d for d in decisions if d["outcome"] == outcome]
+        if len(stay) > 4:
+            codes = Counter(d["code"] for d in stay)
+            rows.append((outcome, ", ".join(f"{n} {code}" for code, n in codes.most_common())))
+        rows += [
+            (outcome if i == 0 else "", escape(f"{d['layer']}: {d['reason']}"))
+            for i, d in enumerate(stay)
+            if len(stay) <= 4
+        ]
+    if reasons and all(d["outcome"] == "fused" for d in decisions):
         rows.append(("kept", "none"))
-    elif len(kept) <= 4:
-        rows += [("kept" if i == 0 else "", escape(f"{d['layer']}: {d['reason']}")) for i, d in enumerate(kept)]
-    else:
-        codes = Counter(d["code"] for d in kept)
-        rows.append(("kept", ", ".join(f"{n} {code}" for code, n in codes.most_common())))
     if fuse.get("exactness_f64") is not None:
         rows.append(
             (
@@ -97,14 +102,14 @@ def _fused_rows(fuse: Json) -> list[tuple[str, RenderableType]]:
 def fuse(report: Json, console: Console) -> None:
     decisions = report["decisions"]
     parts: list[RenderableType] = [_head(report)]
-    rows = _fused_rows(report)
-    if 0 < len(decisions) <= ROWS:
+    listed = 0 < len(decisions) <= ROWS
+    rows = _fused_rows(report, reasons=not listed)
+    if listed:
         table = _table("layer", "outcome", "direction", "into", "through", "reason")
         for d in decisions:
             cells = (d["layer"], d["outcome"], d["direction"] or "-", ", ".join(d["into"]) or "-")
             table.add_row(*map(escape, (*cells, ", ".join(d["through"]) or "-", d["reason"])))
         parts.append(table)
-        rows = [row for row in rows if row[0] != "kept"]
     elif decisions:
         table = _table("outcome", "direction", "code", "layers", right=[3])
         groups = Counter((d["outcome"], d["direction"] or "-", d["code"]) for d in decisions)
