@@ -18,7 +18,6 @@ import os
 import statistics
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -98,25 +97,19 @@ def main() -> int:
     known = {seed: line for seed, line in lines_of(options.log).items() if seed in wanted and line["failure"] is None}
     left = [seed for seed in wanted if seed not in known]
     print(f"{len(known)} nets in {options.log}, {len(left)} to go", file=sys.stderr)
-    pool = ProcessPoolExecutor(
-        options.processes,
-        mp_context=multiprocessing.get_context("spawn"),  # TensorFlow does not survive a fork
-        max_tasks_per_child=NETS_PER_PROCESS,
-    )
-    with pool, options.log.open("a", encoding="utf-8") as log:
-        try:
-            for done in as_completed([pool.submit(one, seed) for seed in left]):
-                line = done.result()
-                known[line["seed"]] = line
-                log.write(json.dumps(line) + "\n")
-                log.flush()
-                if line["failure"] is not None:
-                    print(complaint(line), file=sys.stderr)
-                if len(known) % 100 == 0:
-                    print(f"{len(known)} of {len(wanted)}", file=sys.stderr)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    spawn = multiprocessing.get_context("spawn")  # TensorFlow does not survive a fork
+    with (
+        spawn.Pool(options.processes, maxtasksperchild=NETS_PER_PROCESS) as pool,
+        options.log.open("a", encoding="utf-8") as log,
+    ):
+        for line in pool.imap_unordered(one, left):
+            known[line["seed"]] = line
+            log.write(json.dumps(line) + "\n")
+            log.flush()
+            if line["failure"] is not None:
+                print(complaint(line), file=sys.stderr)
+            if len(known) % 100 == 0:
+                print(f"{len(known)} of {len(wanted)}", file=sys.stderr)
     failed = [known[seed] for seed in sorted(known) if known[seed]["failure"] is not None]
     for line in failed:
         print(complaint(line))

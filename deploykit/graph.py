@@ -282,6 +282,21 @@ class _Reader:
         return results
 
 
+def _needed(
+    nodes: Sequence[Node], tensors: Sequence[Tensor], outputs: Sequence[int]
+) -> tuple[tuple[Node, ...], tuple[Tensor, ...]]:
+    """The calls that some output needs, numbered anew: of a nested model not every output may be used."""
+    wanted = set(outputs)
+    for node in reversed(nodes):  # in running order, so that what reads a tensor comes before what makes it
+        if wanted.intersection(node.outputs):
+            wanted.update(node.inputs)
+    kept = [node for node in nodes if wanted.intersection(node.outputs)]
+    numbers = {node.index: number for number, node in enumerate(kept)}
+    renumbered = tuple(replace(node, index=numbers[node.index]) for node in kept)
+    made = (None if tensor.producer is None else numbers.get(tensor.producer) for tensor in tensors)
+    return renumbered, tuple(replace(tensor, producer=maker) for tensor, maker in zip(tensors, made, strict=True))
+
+
 def trace(model: Any) -> Trace:
     """Read a Keras model. The model is not changed.
 
@@ -300,10 +315,11 @@ def trace(model: Any) -> Trace:
         outputs = tuple(reader.read(functional, numbers, False, ""))
     position = {id(symbol): index for index, symbol in enumerate(functional.inputs)}
     counter = iter(range(len(outputs)))
+    nodes, tensors = _needed(reader.nodes, reader.tensors, outputs)
     found = Trace(
         name=model.name,
-        nodes=tuple(reader.nodes),
-        tensors=tuple(reader.tensors),
+        nodes=nodes,
+        tensors=tensors,
         inputs=inputs,
         outputs=outputs,
         input_structure=tree.map_structure(lambda symbol: Ref(position[id(symbol)]), functional.input),

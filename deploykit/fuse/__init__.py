@@ -5,9 +5,12 @@ proof compares that model with the original (`deploykit.fuse.proof`). Three find
 each with the sources at fault marked as kept and the reason with them:
 
     a cast that loses a weight       the sources whose edits land in that layer
-    a proof that does not hold       the sources found by halving: fused alone they break it
+    a proof that does not hold       the sources found by halving: fused alone they break it (by rounding alone:
+                                     conditioning, as below)
     a float32 answer that is worse   the same, judged by float32 error: more than 3x the original's own
                                      plus 4 ulp (conditioning: exact in algebra, but digits are lost)
+
+What costs digits is the shift, so that such a source may still be reduced.
 
 The factor 3 lies below what `deploykit check` allows (4), so that what passes here passes there.
 """
@@ -38,6 +41,7 @@ __all__ = ["CODES", "Decision", "Fused", "Plan", "Proof", "Refusal", "fuse"]
 
 CONDITIONING_FACTOR = 3.0
 CONDITIONING_FLOOR_ULP = 4.0
+ROUNDING = 1e-10  # float64 errors below are digits lost to large shifts; a law that is wrong shows above 1e-8
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,8 +208,10 @@ def _worse(job: _Job, plan: Plan, refused: Refused, proof: Proof, ref: Reference
                 f"(bound {proof.exactness_bound:.2g}) with nothing fused; please report it"
             )
         names = job.at_fault(plan, refused, lambda trial: proofs.exactness(job.found, trial, ref)[0] > ref.bound)
-        reason = f"fused, the model would differ by {proof.exactness_f64:.2g} in float64"
-        return {name: Refusal("proof_failed", reason) for name in names}
+        differs = f"the model would differ by {proof.exactness_f64:.2g} in float64 (bound {proof.exactness_bound:.2g})"
+        if proof.exactness_f64 < ROUNDING:
+            return {name: Refusal("conditioning", f"would lose digits: {differs}") for name in names}
+        return {name: Refusal("proof_failed", f"fused, {differs}") for name in names}
     limit = _float32_limit(ref)
     if proof.float32_fused > limit and plan.changed:
         names = job.at_fault(plan, refused, lambda trial: ref.error(job.run(trial, ref), evidence_only=False) > limit)

@@ -155,11 +155,9 @@ def _set_rescaling(layer: Any, axis: int, rank: int, affine: Affine, rounded: DT
     def told(values: Float64) -> Any:
         with np.errstate(over="ignore", under="ignore"):
             exact = values if rounded is None else values.astype(rounded).astype(np.float64)
-        if (exact == exact[0]).all():
-            return float(exact[0])
-        shaped = exact.reshape(-1, *[1] * (rank - 1 - axis))
-        # numbers in a list are read in float32 first: right for a file, not for a proof in float64
-        return shaped if layer.compute_dtype == "float64" else shaped.tolist()
+        shaped = exact[0] if (exact == exact[0]).all() else exact.reshape(-1, *[1] * (rank - 1 - axis))
+        # Python's numbers are read in float32 first: right for a file, not for a proof in float64
+        return np.asarray(shaped) if layer.compute_dtype == "float64" else shaped.tolist()
 
     layer.scale, layer.offset = told(affine.scale), told(affine.shift)
 
@@ -240,13 +238,12 @@ def apply(
 
 def round_weights(double: Any, found: Trace, plan: Plan) -> None:
     """Round a float64 model's new weights, in place, to the dtypes they are stored in."""
-    layers = {layer.name: layer for layer in double.layers}  # a call that no output needs is not among them
+    layers = {layer.name: layer for layer in double.layers}
     for name, edited in _edited(found, plan).items():
-        for variable in layers[name].weights if name in layers else ():
+        for variable in layers[name].weights:
             with np.errstate(over="ignore", under="ignore"):
                 variable.assign(numpy(variable).astype(edited.dtype).astype(np.float64))
     nodes = {node.name: node for node in found.nodes}
     for name, (axis, affine) in plan.affines.items():
-        if name in layers:
-            tensor = found.tensors[nodes[name].outputs[0]]
-            _set_rescaling(layers[name], axis, len(tensor.shape), affine, np.dtype(tensor.dtype))
+        tensor = found.tensors[nodes[name].outputs[0]]
+        _set_rescaling(layers[name], axis, len(tensor.shape), affine, np.dtype(tensor.dtype))

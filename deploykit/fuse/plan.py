@@ -21,7 +21,7 @@ Sources are asked in turns until nothing changes, in three stages:
 
 After a success the turn goes back to stage 1. Each fold is exact on the model as it stands then: a source that
 left is transparent, one that took something in has its new affine, padding that was changed has its new value.
-Short ways are preferred to long ones, then backward, which changes one layer instead of several.
+Of the ways that are open the one that changes the fewest layers is taken; ties prefer backward.
 
 Cost: a move settles at most `SEARCH_LIMIT` calls, and is repeated only when something that it met has changed;
 so planning is linear in the number of layers. Pure: reads the trace and the sources' parameters, changes nothing,
@@ -33,7 +33,7 @@ Limits: not a global optimum. Stages are greedy, and a net can be made where ano
 from __future__ import annotations
 
 import heapq
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Literal
@@ -494,6 +494,27 @@ class _Planner:
             affine = affine.then(self.along(source, after.forth, after))
         return source.axis, affine
 
+    def apply(self, name: str, fold: _Fold) -> Callable[[], None]:
+        """Make a fold of the source ``name`` part of the model as it stands; the answer takes it back."""
+        affines = {name: (self.open[name].axis, fold.rest), **fold.affines}
+        open_before = {layer: self.open[layer] for layer in affines}
+        pads_before = {layer: self.pads[layer] for layer in fold.pads if layer in self.pads}
+        for layer, (axis, affine) in affines.items():
+            self.open[layer] = replace(self.open[layer], axis=axis, affine=affine)
+        self.pads.update(fold.pads)
+        for edit in fold.edits:
+            self.edits.setdefault(edit.layer, []).append(edit)
+
+        def undo() -> None:
+            self.open.update(open_before)
+            for layer in fold.pads:
+                del self.pads[layer]
+            self.pads.update(pads_before)
+            for edit in reversed(fold.edits):
+                self.edits[edit.layer].pop()
+
+        return undo
+
     @staticmethod
     def along(source: sources.Source, affine: Affine, change: Change) -> Affine:
         return affine if change.axis == source.axis else affine.of_size(source.affine.channels)
@@ -602,17 +623,25 @@ class _Turns:
         if stage == 3:
             ways = _PARTS if not affine.is_scaling and not (affine.scale == 1).all() else ()
         for planner.limit in (NEAR, SEARCH_LIMIT):  # a short way is better than a long one
+            best: list[_Fold] | None = None
             further = []
             for way in ways:
-                refusal = self.leave(name, way)
-                if refusal is None:
-                    return True
-                if refusal.code == "search_limit" and planner.limit < SEARCH_LIMIT:
+                found = self.folds(name, way)
+                if not isinstance(found, Refusal):
+                    if best is None or _touched(found) < _touched(best):
+                        best = found
+                    if _touched(best) <= 1:
+                        break
+                    continue
+                if found.code == "search_limit" and planner.limit < SEARCH_LIMIT:
                     further.append(way)
                     continue
                 told = "in part" if stage == 3 else way.name
-                if told not in refusals or _says(refusal) > _says(refusals[told]):
-                    refusals[told] = refusal
+                if told not in refusals or _says(found) > _says(refusals[told]):
+                    refusals[told] = found
+            if best is not None:
+                self.take_over(name, best)
+                return True
             ways = further
         if stage != 2:  # what other affines refuse is not what stands in the way
             of_other_stage = {way: r for way, r in record.refusals.items() if (way == "in part") != (stage == 3)}
@@ -620,13 +649,12 @@ class _Turns:
         record.asked[stage], record.met[stage] = self.clock, frozenset(planner.met)
         return False
 
-    def leave(self, name: str, way: _Way) -> Refusal | None:
-        """Make all moves of one way, or none."""
+    def folds(self, name: str, way: _Way) -> list[_Fold] | Refusal:
+        """The folds of all moves of one way, or why one of them is not possible; nothing is changed."""
         planner = self.planner
-        axis = planner.open[name].axis
         folds: list[_Fold] = []
-        open_before: dict[str, sources.Source] = {}
-        pads_before: dict[str, float | None] = {}
+        undo: list[Callable[[], None]] = []
+        refusal: Refusal | None = None
         for part, side in way.moves:
             source = planner.open[name]
             if source.affine.is_scaling if part == "shift" else bool((source.affine.scale == 1).all()):
@@ -634,37 +662,32 @@ class _Turns:
             move = _move(source.affine, part, side)
             found = _zeros(source.affine) if move is None else planner.attempt(source, move)
             if isinstance(found, Refusal):
-                planner.open.update(open_before)
-                for layer, value in pads_before.items():
-                    planner.pads.pop(layer) if value is None else planner.pads.update({layer: value})
-                for fold in folds:
-                    for edit in fold.edits:
-                        planner.edits[edit.layer].remove(edit)
-                return found
+                refusal = found
+                break
             folds.append(found)
-            for layer, value in found.pads.items():
-                pads_before.setdefault(layer, planner.pads.get(layer))
-                planner.pads[layer] = value
-            for layer, (along, affine) in {**found.affines, name: (axis, found.rest)}.items():
-                open_before.setdefault(layer, planner.open[layer])
-                planner.open[layer] = replace(planner.open[layer], axis=along, affine=affine)
-            for edit in found.edits:
-                planner.edits.setdefault(edit.layer, []).append(edit)
-        self.take_over(name, folds)
-        return None
+            undo.append(planner.apply(name, found))
+        for back in reversed(undo):
+            back()
+        return refusal or folds
 
     def take_over(self, name: str, folds: Sequence[_Fold]) -> None:
         """Make folds part of the model as it stands; a source of which nothing is left is gone."""
         planner = self.planner
+        self.clock += 1
+        for fold in folds:
+            planner.apply(name, fold)
+            self.edits += fold.edits
+            self.changed_at.update(dict.fromkeys((*fold.affines, *fold.pads), self.clock))
+        self.changed_at[name] = self.clock
         self.records[name].folds += folds
         if planner.open[name].affine.is_identity:
             planner.gone.add(name)
             del planner.open[name]
-        self.clock += 1
-        for fold in folds:
-            self.edits += fold.edits
-            self.changed_at.update(dict.fromkeys((*fold.affines, *fold.pads), self.clock))
-        self.changed_at[name] = self.clock
+
+
+def _touched(folds: Sequence[_Fold]) -> int:
+    """How many layers a way changes: fewer is shorter, and costs less rounding."""
+    return len({name for fold in folds for name in (*(edit.layer for edit in fold.edits), *fold.affines)})
 
 
 @dataclass(frozen=True)
