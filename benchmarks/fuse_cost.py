@@ -1,8 +1,8 @@
 """What fusing costs: against loading the same model, and by the number of layers.
 
-    python benchmarks/fuse_cost.py [--parts loading planning] [--repeats 3] [--json]
+    python benchmarks/fuse_cost.py [--parts loading planning] [--net ResNet50] [--repeats 3] [--json]
 
-**loading**: ResNet50 with random weights. Every step runs in a fresh process and reports its own peak memory; the
+**loading**: a net with random weights. Every step runs in a fresh process and reports its own peak memory; the
 steps take turns:
 
     import    TensorFlow, Keras and deploykit
@@ -64,13 +64,13 @@ def fresh(*arguments: str) -> str:
 # -------------------------------------------------------------------------------------------------- loading
 
 
-def build(path: Path) -> None:
-    """ResNet50 with random weights and statistics that are not the identity."""
+def build(path: Path, net: str) -> None:
+    """A net of keras.applications with random weights and statistics that are not the identity."""
     import keras
     import numpy as np
 
     keras.utils.set_random_seed(0)
-    model = keras.applications.ResNet50(weights=None)
+    model = getattr(keras.applications, net)(weights=None)
     random = np.random.default_rng(0)
     for layer in model.layers:
         if isinstance(layer, keras.layers.BatchNormalization):
@@ -278,6 +278,7 @@ def planning_table(found: dict[str, Any]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description="time and memory of fusing against loading")
     parser.add_argument("--parts", nargs="+", choices=("loading", "planning"), default=("loading", "planning"))
+    parser.add_argument("--net", default="ResNet50", help="of keras.applications, for the part on loading")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="print all measurements as JSON")
     parser.add_argument("--step", choices=("build", "plan", *STEPS), help=argparse.SUPPRESS)
@@ -286,7 +287,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.step == "build":
-        build(options.model)
+        build(options.model, options.net)
         return 0
     if options.step == "plan":
         print(json.dumps(planning(options.chain, options.layers, options.repeats)))
@@ -300,7 +301,7 @@ def main() -> int:
     if "loading" in options.parts:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "resnet50.keras"
-            fresh("--step", "build", "--model", str(path))
+            fresh("--step", "build", "--model", str(path), "--net", options.net)
             found |= measure(path, options.repeats)
         tables.append(table(found))
         met &= all(found["ratios"][name] <= limit for name, limit in TARGETS.items())

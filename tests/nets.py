@@ -41,6 +41,11 @@ def enliven(model: keras.Model, seed: int = 0, *, positive: bool = False) -> ker
 def calibrate(model: keras.Model, seed: int = 0, samples: int = 8) -> keras.Model:
     """Live statistics for a deep random net: one training pass on random images, then jitter."""
     rng = np.random.default_rng(seed)
+    for layer in model._flatten_layers():
+        if isinstance(layer, L.Normalization) and layer.input_mean is None:  # as if adapted to images
+            layer.adapt_mean.assign(rng.uniform(0.4, 0.5, layer.adapt_mean.shape))
+            layer.adapt_variance.assign(rng.uniform(0.04, 0.08, layer.adapt_variance.shape))
+            layer.finalize_state()
     norms = [layer for layer in model._flatten_layers() if isinstance(layer, L.BatchNormalization)]
     momenta = [layer.momentum for layer in norms]
     for layer in norms:

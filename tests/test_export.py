@@ -71,6 +71,21 @@ def grouped_in_nested_sequential() -> keras.Model:
 
 
 @net
+def what_reducing_leaves() -> keras.Model:
+    """One addition per channel, along two axes, as `deploykit fuse` writes it."""
+    x = L.Rescaling(1.0, offset=[0.1, -0.2, 0.3, 0.4])(L.Activation("tanh")(i := image()))
+    x = L.Rescaling(1.0, offset=[[[0.1]], [[0.2]], [[-0.3]], [[0.4]], [[0.5]], [[0.6]], [[0.7]], [[0.8]]])(x)
+    return keras.Model(i, L.Conv2D(3, 3, padding="same")(x))
+
+
+@net
+def what_a_padded_shift_leaves() -> keras.Model:
+    """A constant pad in front of a convolution that pads no more, as `deploykit fuse` writes it."""
+    x = keras.ops.pad(i := image(), ((0, 0), (1, 1), (0, 1), (0, 0)), constant_values=127.5)
+    return keras.Model(i, L.Conv2D(3, 3)(x))
+
+
+@net
 def channels_first() -> keras.Model:
     x = L.Conv2D(6, 3, groups=2, data_format="channels_first")(i := L.Input((4, 9, 9)))
     x = L.MaxPooling2D(data_format="channels_first")(L.BatchNormalization(axis=1)(x))

@@ -7,6 +7,7 @@ point, the plan alone is asked; where the result is, the fused model is proven.
 from __future__ import annotations
 
 import inspect
+import math
 import sys
 
 import keras
@@ -15,12 +16,17 @@ import pytest
 from nets import chain, enliven, inputs_for
 
 from deploykit import graph
-from deploykit.fuse import Refusal, fuse
-from deploykit.fuse import plan as planning  # noqa: F401 -- loads the module that the next line names
+from deploykit.errors import ProofError, UnsupportedModelError
+from deploykit.fuse import Decision, Plan, Refusal, Refused, fuse, proof
+from deploykit.fuse.apply import apply
 
 L = keras.layers
+fusing = sys.modules["deploykit.fuse"]  # whose name in `deploykit` is the function
 planner = sys.modules["deploykit.fuse.plan"]
 applier = sys.modules["deploykit.fuse.apply"]
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:You passed `rms_scaling")  # Keras', of an option that old files have
 
 
 @pytest.fixture(autouse=True)
@@ -200,6 +206,13 @@ ROWS = {
         "kept",
         "fused_activation",
     ),
+    "a relu inside an einsum lets no shift out": (
+        (4, 4),
+        lambda x: tanh(bn()(L.EinsumDense("abc,cd->abd", (None, 4), activation="relu")(x))),
+        "whole",
+        "reduced",
+        "fused_activation",
+    ),
     "a tanh on the way lets no scale pass": (
         (6,),
         lambda x: L.Dense(3)(L.Activation("tanh")(bn()(tanh(x)))),
@@ -364,7 +377,7 @@ ROWS = {
         "kept",
         "axis_mismatch",
     ),
-    "a product that repeats the affine's channel": (
+    "a sum that repeats the affine's channel": (
         [(5, 1), (5, 4)],
         lambda x, y: L.Dense(3)(L.Add()([bn()(tanh(x)), L.Dense(4)(y)])),
         "whole",
@@ -685,3 +698,172 @@ def test_a_long_stream_is_no_recursion_error(request):
     found = graph.trace(ladder(60))
     request.getfixturevalue("shallow")
     assert planner.plan(found).decisions
+
+
+# --------------------------------------------------------------------------------------- what a round found unfit
+
+
+def planned(outcome):
+    return Plan((Decision("n", "BatchNormalization", outcome, None, (), (), "folded", ""),), ())
+
+
+@pytest.mark.parametrize(
+    ("outcome", "code", "again"),
+    [("fused", "conditioning", {"n"}), ("reduced", "conditioning", set()), ("fused", "overflow", set())],
+)
+def test_what_costs_accuracy_may_leave_in_part_once(outcome, code, again):
+    before = Refused({}, frozenset({"n"} if outcome == "reduced" else ()))
+    assert before.with_({"n": Refusal(code, "")}, planned(outcome)).reducible == again
+
+
+def test_all_are_at_fault_where_none_is_found(monkeypatch):
+    monkeypatch.setattr(fusing, "blame", lambda suspects, passes: [])
+    right = applier.rewritten
+    monkeypatch.setattr(
+        applier, "rewritten", lambda layer, edits: {k: v * (2 if edits else 1) for k, v in right(layer, edits).items()}
+    )
+    model = net((4,), lambda x: tanh(bn()(L.Dense(4)(x))), n="whole")
+    result = fuse(model, samples=inputs_for(model))
+    assert [d.code for d in result.decisions] == ["proof_failed"]
+    assert result.proof.holds
+
+
+def test_a_rebuilt_model_that_differs_with_nothing_fused_is_an_error(monkeypatch):
+    monkeypatch.setattr(fusing.proofs, "exactness", lambda found, plan, ref: (1.0, 1.0))
+    model = chain((4,), L.Dense(3))
+    with pytest.raises(ProofError, match="nothing fused"):
+        fuse(model, samples=inputs_for(model))
+
+
+def test_a_model_of_which_nothing_was_fused_is_not_called_worse(monkeypatch):
+    monkeypatch.setattr(fusing, "_float32_limit", lambda ref: -1.0)
+    model = chain((4,), L.Dense(3))
+    assert fuse(model, samples=inputs_for(model)).decisions == ()
+
+
+def test_nothing_compared_is_no_evidence():
+    nothing = proof.Reference({}, 1, ("y",), (np.ones((2, 2)),), (False,), 0.0, ())
+    assert nothing.error([np.ones((2, 2))]) == math.inf
+
+
+def test_reasons_have_a_code_of_the_table():
+    with pytest.raises(ValueError, match="unknown reason code"):
+        Refusal("because", "")
+
+
+def test_a_channel_of_weight_zero_does_not_vanish():
+    model = net((4,), lambda x: tanh(bn()(L.Dense(4, use_bias=False)(x))), n="zero")
+    assert [d.outcome for d in fuse(model, prove=False).decisions] == ["fused"]
+
+
+def test_a_constraint_that_holds_stays():
+    model = net((4,), lambda x: tanh(bn()(L.Dense(4, kernel_constraint="max_norm", name="d")(x))), n="scale")
+    kernel = model.get_layer("d").kernel
+    kernel.assign(graph.numpy(kernel) * 0.1)
+    result = fuse(model, prove=False)
+    assert result.model.get_layer("d").kernel_constraint is not None
+    assert result.notices == ()
+
+
+# --------------------------------------------------------------------------------------------- building it again
+
+
+def test_weights_that_are_missing_are_no_weights_of_zero(monkeypatch):
+    right = applier.rewritten
+    monkeypatch.setattr(
+        applier, "rewritten", lambda layer, edits: {k: v for k, v in right(layer, edits).items() if k != "bias"}
+    )
+    model = net((4,), lambda x: tanh(bn()(L.Dense(4)(x))), n="whole")
+    with pytest.raises(UnsupportedModelError, match="other weights"):
+        fuse(model, prove=False)
+
+
+@keras.saving.register_keras_serializable("tests")
+class Forgets(L.Dense):
+    def get_config(self):
+        return {**super().get_config(), "use_bias": False}
+
+
+def test_a_layer_whose_copy_has_other_weights_is_refused():
+    with pytest.raises(UnsupportedModelError, match="other weights"):
+        graph.canonical(chain((4,), Forgets(3)))
+
+
+def test_a_pad_in_front_of_one_layer_is_not_seen_by_the_next():
+    def build(x):
+        y = uniform(tanh(x))
+        return L.Conv1D(3, 3, padding="same")(y), L.Conv1D(3, 2, padding="valid")(y)
+
+    model = net((6, 4), build)
+    result = fuse(model, samples=inputs_for(model))
+    assert [d.outcome for d in result.decisions] == ["fused"]
+    assert result.proof.holds
+
+
+def test_an_output_layer_that_is_called_twice_keeps_its_activation():
+    dense = L.Dense(4, activation="softmax")
+    model = net((4,), lambda x: dense(dense(x)))
+    inputs = inputs_for(model)
+    double = graph.replay(graph.trace(model), dtype="float64", logits=True)
+    np.testing.assert_allclose(graph.run(double, inputs)[0], graph.run(model, inputs)[0], rtol=1e-5)
+
+
+DOUBLES = {
+    "a resizing that crops": ((8, 6, 3), lambda: L.Resizing(5, 5, crop_to_aspect_ratio=True)),
+    "an upsampling of free size": ((None, None, 3), lambda: L.UpSampling2D(2, interpolation="bilinear")),
+    "an upsampling": ((5, 6, 3), lambda: L.UpSampling2D(2, interpolation="bicubic")),
+    "a pool over cubes": ((5, 6, 7, 2), lambda: L.AveragePooling3D(2, padding="same")),
+}
+
+
+@pytest.mark.parametrize("row", DOUBLES)
+def test_the_double_stands_in_for_what_it_is(row):
+    shape, make = DOUBLES[row]
+    model = chain(shape, make())
+    inputs = inputs_for(model, 2)
+    double = graph.run(graph.replay(graph.trace(model), dtype="float64"), inputs)[0]
+    np.testing.assert_allclose(double, graph.run(model, inputs)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_pool_over_cubes_of_free_size_has_no_stand_in_and_is_built_all_the_same():
+    model = chain((None, None, None, 2), L.MaxPooling3D(2, name="pool"))
+    double = graph.replay(graph.trace(model), dtype="float64")
+    assert type(double.get_layer("pool")) is L.MaxPooling3D
+
+
+@pytest.mark.filterwarnings("ignore:Layer 'inner'")  # Keras', about the mask that the test is about
+def test_a_nested_model_that_is_given_a_mask_stays_whole():
+    start = keras.Input((5, 4))
+    inner = keras.Model(start, bn()(L.Dense(4)(start)), name="inner")
+    x, m = keras.Input((5, 4), name="x"), keras.Input((5,), dtype="bool", name="m")
+    found = graph.trace(keras.Model([x, m], inner(x, mask=m)))
+    assert [node.name for node in found.nodes] == ["inner"]
+
+
+def test_a_nested_model_hands_its_training_mode_down():
+    inner = keras.Sequential([keras.Input((4,)), L.Dense(4), bn()], name="inner")
+    model = net((4,), lambda x: tanh(inner(x, training=True)))
+    assert decisions(model)["n"].code == "training_mode"
+
+
+def test_a_model_cut_out_of_another_has_its_own_calls_only():
+    x = keras.Input((4,), name="x")
+    middle = L.Dense(4, name="before")(x)
+    whole = keras.Model(x, tanh(bn()(L.Dense(4, name="inside")(middle))))
+    part = keras.Model(middle, whole.output)
+    assert "before" not in [node.name for node in graph.trace(part).nodes]
+
+
+def test_a_layer_of_another_model_too_has_one_call_here():
+    dense = L.Dense(4)
+    other = keras.Model(y := keras.Input((4,)), tanh(dense(y)))
+    model = net((4,), lambda x: tanh(bn()(dense(x))), n="whole")
+    assert len(other.layers) == 3
+    assert decisions(model)["n"].outcome == "fused"
+
+
+def test_a_long_chain_is_built_again(request):
+    found = graph.trace(chain((4,), *[L.ReLU() for _ in range(60)]))
+    request.getfixturevalue("shallow")
+    assert len(graph.replay(found).layers) == 61
+    assert apply(found, Plan((), ())).losses == {}

@@ -467,6 +467,7 @@ DRIFT: dict[str, tuple[Config, str]] = {
     "recurrent": ({"recurrent_activation": "hard_sigmoid"}, "hard_sigmoid was another function"),
     "time major": ({"time_major": True}, "time-major"),
     "reset gate": ({"class": "GRU"}, "reset gate"),
+    "several axes": ({"class": "BatchNormalization", "axis": [1, 3]}, "spans several axes"),
 }
 
 

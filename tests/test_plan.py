@@ -265,6 +265,14 @@ def test_a_mask_is_no_obstacle_for_what_leaves_steps_out(layer):
     assert set(outcomes(fused(enliven(keras.Model(x, L.Dense(2)(y))))).values()) == {"fused"}
 
 
+def test_an_affine_behind_a_masking_layer_goes_on():
+    assert set(outcomes(fused(chain((9, 4), L.Masking(), BN(), L.GRU(3)))).values()) == {"fused"}
+
+
+def test_a_synchronized_normalization_is_one_at_inference():
+    assert set(outcomes(fused(chain((6,), L.Dense(4), BN(synchronized=True), L.ReLU()))).values()) == {"fused"}
+
+
 def test_a_reduced_layer_passes_a_mask_on():
     x = keras.Input((7,), dtype="int32", name="x")
     y = L.Activation("tanh")(L.Embedding(5, 4, mask_zero=True)(x))

@@ -38,6 +38,7 @@ from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Literal
 
+import keras
 import numpy as np
 
 from deploykit.affine import Affine
@@ -58,8 +59,14 @@ NEAR = 50  # of them when a shorter way may yet be found
 
 # How much a refusal says: that nothing is there; that an activation is in the way, as one nearly always is; that the
 # affine cannot be taken apart; or more.
-LITTLE: Mapping[str, int] = {"no_sink": 0, "model_input": 0, "nonlinear": 1, "negative_scale": 2, "not_invertible": 2}
-MUCH = 3
+LITTLE: Mapping[str, int] = {
+    "no_sink": 0,
+    "model_input": 1,
+    "nonlinear": 2,
+    "negative_scale": 3,
+    "not_invertible": 3,
+}
+MUCH = 4
 
 # Refusals after which a source must stay as it is; after any other it may still take in what others give.
 UNTOUCHABLE = ("kept_by_user", "proof_failed")
@@ -340,6 +347,8 @@ class _Planner:
             return self.absorb(search, at)
         if conduits.is_conduit(at):
             return self.pass_on(search, at)
+        if isinstance(at.layer, keras.layers.Masking):
+            return Refusal("mask", f"{node.name} makes a mask of the values themselves")
         where = "behind it" if node.outputs[0] in search.changes else "in front of it"
         return Refusal("no_sink", f"{node.name} ({type(at.layer).__name__}) cannot take an affine {where}")
 
@@ -552,7 +561,7 @@ class _Record:
         told = [self.refusals[way] for way in ("backward", "forward", "both", "in part") if way in self.refusals]
         ends = [refusal for refusal in told[:2] if _says(refusal) == MUCH]
         found = max(ends or [refusal for refusal in told if _says(refusal) < MUCH], key=_says, default=None)
-        return found if found and _says(found) else Refusal("no_sink", "")
+        return found or Refusal("no_sink", "nothing was asked")
 
     def told(self) -> str:
         """What stood in each way; a reason that comes again is told once."""

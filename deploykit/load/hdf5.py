@@ -41,6 +41,10 @@ DRIFTED: dict[str, Rule] = {
     "its GRU applies the reset gate before the product": lambda name, config: (
         name == "GRU" and "reset_after" not in config
     ),
+    # read as the last axis alone
+    "its BatchNormalization spans several axes": lambda name, config: (
+        name.startswith("BatchNormalization") and isinstance(config.get("axis"), list) and len(config["axis"]) > 1
+    ),
     # read and ignored
     "its inputs are time-major": lambda _, config: config.get("time_major") is True,
 }
