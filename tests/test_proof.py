@@ -26,16 +26,18 @@ def codes(result):
 
 @pytest.mark.parametrize("guilty", [set(), {"a"}, {"h"}, {"c", "f"}, set("abcdefgh")])
 def test_blame_finds_single_faults(guilty):
-    assert set(blame(list("abcdefgh"), lambda group: not group & guilty)) == guilty
+    assert set(blame(list("abcdefgh"), lambda group: len(group & guilty), 0)) == guilty
 
 
-def test_blame_keeps_together_what_fails_only_together():
-    assert set(blame(list("abcd"), lambda group: not {"a", "d"} <= group)) == set("abcd")
+@pytest.mark.parametrize("worst", "abcd")
+def test_blame_names_the_worst_of_what_fails_only_together(worst):
+    """Each is below the limit alone, all together are not."""
+    assert blame(list("abcd"), lambda group: len(group) + 0.5 * (worst in group), 2.6) == [worst]
 
 
 def test_blame_asks_few_questions():
     asked = []
-    blame([str(i) for i in range(256)], lambda group: asked.append(group) or "77" not in group)
+    blame([str(i) for i in range(256)], lambda group: asked.append(group) or float("77" in group), 0)
     assert len(asked) <= 2 * 8 + 1
 
 

@@ -69,19 +69,26 @@ def _parameters(model: Any) -> int:
     return sum(math.prod(variable.shape) for variable in model.weights)
 
 
-def blame(suspects: Sequence[str], passes: Callable[[frozenset[str]], bool]) -> list[str]:
-    """The sources at fault: the smallest halves that fail on their own.
+def blame(suspects: Sequence[str], error: Callable[[frozenset[str]], float], limit: float) -> list[str]:
+    """The sources at fault: those that alone bring the error above the limit.
 
-    ``passes(group)`` says whether all is well with only ``group`` fused. A group that fails although both
-    its halves pass is at fault as a whole.
+    ``error(group)`` is that of the model with only ``group`` fused. Where a group is too far off although both its
+    halves are not, the one source is named that the larger errors lead to; the caller asks again without it.
     """
-    if passes(frozenset(suspects)):
+    if error(frozenset(suspects)) <= limit:
         return []
     if len(suspects) == 1:
         return list(suspects)
-    middle = len(suspects) // 2
-    found = blame(suspects[:middle], passes) + blame(suspects[middle:], passes)
-    return found or list(suspects)
+    halves = suspects[: len(suspects) // 2], suspects[len(suspects) // 2 :]
+    found = [name for half in halves for name in blame(half, error, limit)]
+    return found or [_worst(max(halves, key=lambda half: error(frozenset(half))), error)]
+
+
+def _worst(suspects: Sequence[str], error: Callable[[frozenset[str]], float]) -> str:
+    if len(suspects) == 1:
+        return suspects[0]
+    halves = suspects[: len(suspects) // 2], suspects[len(suspects) // 2 :]
+    return _worst(max(halves, key=lambda half: error(frozenset(half))), error)
 
 
 def _float32_limit(ref: Reference) -> float:
@@ -122,9 +129,16 @@ class _Job:
             only=only,
         )
 
-    def at_fault(self, plan: Plan, refused: Refused, fails: Callable[[Plan], bool]) -> list[str]:
+    def at_fault(self, plan: Plan, refused: Refused, error: Callable[[Plan], float], limit: float) -> list[str]:
         suspects = sorted(plan.changed)
-        return blame(suspects, lambda group: not fails(self.plan(refused, group))) or suspects
+        known: dict[frozenset[str], float] = {}
+
+        def of(group: frozenset[str]) -> float:
+            if group not in known:
+                known[group] = error(self.plan(refused, group))
+            return known[group]
+
+        return blame(suspects, of, limit) or suspects
 
     def run(self, plan: Plan, ref: Reference) -> list[npt.NDArray[Any]]:
         return run(apply(self.found, plan).model, ref.samples, batch=ref.batch)
@@ -207,14 +221,14 @@ def _worse(job: _Job, plan: Plan, refused: Refused, proof: Proof, ref: Reference
                 f"the rebuilt model differs from the original by {proof.exactness_f64:.2g} in float64 "
                 f"(bound {proof.exactness_bound:.2g}) with nothing fused; please report it"
             )
-        names = job.at_fault(plan, refused, lambda trial: proofs.exactness(job.found, trial, ref)[0] > ref.bound)
+        names = job.at_fault(plan, refused, lambda trial: proofs.exactness(job.found, trial, ref)[0], ref.bound)
         differs = f"the model would differ by {proof.exactness_f64:.2g} in float64 (bound {proof.exactness_bound:.2g})"
         if proof.exactness_f64 < ROUNDING:
             return {name: Refusal("conditioning", f"would lose digits: {differs}") for name in names}
         return {name: Refusal("proof_failed", f"fused, {differs}") for name in names}
     limit = _float32_limit(ref)
     if proof.float32_fused > limit and plan.changed:
-        names = job.at_fault(plan, refused, lambda trial: ref.error(job.run(trial, ref), evidence_only=False) > limit)
+        names = job.at_fault(plan, refused, lambda trial: ref.error(job.run(trial, ref), evidence_only=False), limit)
         bits = math.log2(proof.float32_fused / max(proof.float32_original, 2.0**-23))
         return {name: Refusal("conditioning", f"would lose {bits:.1f} bits in float32") for name in names}
     return {}
