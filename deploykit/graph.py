@@ -10,7 +10,7 @@ calls. Layers themselves are not copied and not touched; a trace is a descriptio
 node's call returns its input; where its output is an output of the model, an Identity of its name
 stands in, so that output names survive.
 
-What reads Keras' private parts (`_nodes_by_depth`, `_keras_history`, `Node.arguments`) is in `_calls` and nowhere else;
+How Keras keeps a graph (`_keras_history`, `_inbound_nodes`, `Node.arguments`) is known to this file alone;
 they have been the same since Keras 3.0. What cannot be inlined exactly (a nested model that is called
 with a mask, or that converts what it is given) stays one opaque call.
 
@@ -23,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
+import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -135,6 +136,11 @@ def key(layer: Any) -> type | str:
     return kind.__name__ if kind.__module__.startswith("keras.src.ops.") else kind
 
 
+def inner_layers(layer: Any) -> tuple[Any, ...]:
+    """The layers inside a layer, at any depth."""
+    return tuple(layer._flatten_layers(include_self=False)) if isinstance(layer, L.Layer) else ()
+
+
 # ---------------------------------------------------------------------------------------------- reading
 
 
@@ -144,12 +150,11 @@ def _calls(model: Any) -> Iterator[tuple[Any, Any, tuple[Any, ...], dict[str, An
     The order is that of a walk from the outputs, arguments first. It depends on the graph alone, not on the order in
     which layers were called, so that a model that is rebuilt is read the same way as the first.
     """
-    belongs = {id(node) for nodes in model._nodes_by_depth.values() for node in nodes}
     done: set[int] = set()
     waiting = [(_made_by(symbol), False) for symbol in reversed(model.outputs)]
     while waiting:
         node, ready = waiting.pop()
-        if id(node) in done or id(node) not in belongs or node.is_input:
+        if id(node) in done or node.is_input:
             continue
         if ready:
             done.add(id(node))
@@ -483,6 +488,10 @@ def _copy_weights(new: Any, old: Any, name: str) -> None:
         raise UnsupportedModelError(f"cannot copy layer '{name}' ({type(old).__name__}): its copy has other weights")
     for target, source in zip(new.weights, old.weights, strict=True):
         target.assign(numpy(source))
+    if hasattr(old, "load_assets"):  # a vocabulary is no weight
+        with tempfile.TemporaryDirectory() as room:
+            old.save_assets(room)
+            new.load_assets(room)
 
 
 @dataclass(frozen=True)
@@ -495,6 +504,7 @@ class Padding:
 
 
 def _padded(tensor: Any, padding: Padding, name: str) -> Any:
+    """A tensor with a constant around it, by an operation called ``name``."""
     result = keras.ops.pad(tensor, padding.widths, constant_values=padding.value)
     result._keras_history.operation.name = name
     return result
@@ -635,6 +645,7 @@ def replay(
     changes, swaps, pads = changes or {}, swaps or {}, pads or {}
     tensors: dict[int, Any] = {}
     layers: dict[int, Any] = {}
+    taken = [*(node.name for node in found.nodes), *(layer.name for layer in found.input_layers)] if pads else []
     extra: list[Any] = []
 
     def put(value: Any) -> Any:
@@ -663,7 +674,8 @@ def replay(
             pad = pads.get(node.name)
             whole = tensors[node.inputs[0]] if node.inputs else None
             if pad is not None:
-                padded = _padded(whole, pad, node.name if pad.alone else f"{node.name}.pad")
+                name = node.name if pad.alone else _distinct([f"{node.name}.pad"], taken)[0]
+                padded = _padded(whole, pad, name)
                 if pad.alone:
                     tensors[node.outputs[0]] = padded
                     continue

@@ -12,7 +12,7 @@ from collections import Counter
 from typing import Any
 
 from deploykit.errors import UnsupportedModelError
-from deploykit.fuse.sources import is_source, kind_of
+from deploykit.fuse.sources import kinds
 from deploykit.graph import Trace, trace
 from deploykit.health import examine, summary, training_steps
 from deploykit.load import Loaded, nonfinite_weights, refuse_rewriting
@@ -98,7 +98,7 @@ def inspect_body(loaded: Loaded) -> dict[str, Any]:
             "total": _parameters(model.weights),
             "trainable": _parameters(model.trainable_weights),
         },
-        "affines": dict(Counter(kind_of(node) for node in found.nodes if is_source(node))),
+        "affines": dict(Counter(kinds(found))),
         "layers_total": len(layers),
         "layers": layers,
         "health": health,

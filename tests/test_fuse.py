@@ -557,6 +557,11 @@ def masked():
     return enliven(keras.Model(x, L.Dense(3)(L.GlobalAveragePooling1D()(BN()(y)))))
 
 
+def whole_numbers():
+    x = keras.Input((6,), dtype="uint8", name="x")
+    return keras.Model(x, L.Dense(3)(x * 3))
+
+
 def without_scale(model):
     model.layers[2].gamma.assign([1.0, 0.0, 2.0, 0.0, 0.5, 1.0])
     return model
@@ -603,6 +608,8 @@ GUARDS = {
     "unsupported_option": lambda: chain((6,), L.Dense(5), BN(renorm=True), L.ReLU()),
     "not_invertible": lambda: without_scale(chain((6,), L.Activation("tanh"), BN(), L.ReLU(), L.Dense(2))),
     "conflict": twice_differently,
+    "enclosed": lambda: chain((3, 6), L.TimeDistributed(keras.Sequential([L.Dense(4), BN(), L.ReLU()])), L.Dense(2)),
+    "unsupported_option integers": whole_numbers,
     "mask": masked,
     "mask of values": lambda: chain(LINE, L.Activation("tanh"), BN(), L.Masking(), L.LSTM(3)),
     "axis_mismatch reshape": lambda: chain(LINE, L.Activation("tanh"), BN(), L.Reshape((9, 2, 2)), L.Dense(3)),
@@ -882,6 +889,34 @@ def test_a_violated_constraint_is_removed_and_said():
     result = fused(model)
     assert result.model.get_layer("d").kernel_constraint is None
     assert any("kernel_constraint" in notice for notice in result.notices)
+
+
+MAX_NORM = keras.constraints.MaxNorm(0.01, axis=0)
+CONSTRAINED = {
+    "depthwise": ((6, 6, 3), lambda: [L.DepthwiseConv2D(3, depthwise_constraint=MAX_NORM), BN()]),
+    "separable": ((6, 6, 3), lambda: [L.SeparableConv2D(4, 3, pointwise_constraint=MAX_NORM), BN()]),
+    "bidirectional": (
+        (6, 3),
+        lambda: [L.Activation("tanh"), BN(), L.Bidirectional(L.LSTM(4, kernel_constraint=MAX_NORM))],
+    ),
+    "lstm": ((6, 3), lambda: [L.Activation("tanh"), BN(), L.LSTM(4, kernel_constraint=MAX_NORM)]),
+    "attention": ((6, 3), lambda: [attend(kernel_constraint=MAX_NORM), BN()]),
+    "time distributed": ((6, 3), lambda: [L.TimeDistributed(L.Dense(4, kernel_constraint=MAX_NORM)), BN()]),
+}
+
+
+@pytest.mark.parametrize("row", CONSTRAINED)
+def test_no_sink_keeps_a_constraint_that_it_violates(row):
+    shape, make = CONSTRAINED[row]
+    result = fused(chain(shape, *make(), L.Dense(2)))
+    assert away(result)
+    held = [
+        getattr(layer, name, None)
+        for layer in result.model._flatten_layers()
+        for name in ("kernel_constraint", "depthwise_constraint", "pointwise_constraint", "_kernel_constraint")
+    ]
+    assert not any(held)
+    assert any("removed" in notice for notice in result.notices)
 
 
 def test_global_state_is_left_alone():

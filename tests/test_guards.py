@@ -26,7 +26,10 @@ planner = sys.modules["deploykit.fuse.plan"]
 applier = sys.modules["deploykit.fuse.apply"]
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:You passed `rms_scaling")  # Keras', of an option that old files have
+pytestmark = [  # Keras', about what the nets are made to do
+    pytest.mark.filterwarnings("ignore:You passed `rms_scaling"),
+    pytest.mark.filterwarnings("ignore:Layer 'flatten.*mask"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -155,6 +158,11 @@ def product_of_both(x):
     return tanh(bn()(L.Concatenate(axis=1)([y, L.Multiply()([y, L.Dense(4)(x)])])))
 
 
+def product_beside(x):
+    y = L.Dense(4)(x)
+    return tanh(bn()(y)), tanh(L.Dense(3)(L.Multiply()([y, L.Dense(4)(x)])))
+
+
 def average_with_a_column(x):
     y = L.Dense(4)(x)
     return tanh(L.Average()([y, keep_alike(y), L.Dense(1)(x)]) + np.arange(4, dtype=np.float32))
@@ -183,6 +191,13 @@ ROWS = {
         "whole",
         "kept",
         "fan_out",
+    ),
+    "one reader that takes nothing": (
+        (4,),
+        lambda x: tanh(L.Add()([L.Dense(4)(y := bn()(tanh(x))), y])),
+        "whole",
+        "kept",
+        "nonlinear",
     ),
     # activations inside a layer
     "a tanh inside lets no scale out": (
@@ -242,9 +257,9 @@ ROWS = {
         "kept",
         "mask",
     ),
-    "a wrapped source that sees a mask stays": (
+    "a rearrangement that sees a mask": (
         (5, 4),
-        lambda x: L.Dense(3)(L.TimeDistributed(bn("inner"), name="n")(L.Masking()(x))),
+        lambda x: L.Dense(3)(L.Flatten()(bn()(tanh(L.Masking()(x))))),
         "whole",
         "kept",
         "mask",
@@ -444,12 +459,7 @@ ROWS = {
         "kept",
         "fan_out",
     ),
-    "a product cannot undo a 0": (
-        *read_by(lambda y: L.Dense(2)(L.Multiply()([y, L.Dense(4)(L.Activation("tanh")(y))]))),
-        "zero",
-        "kept",
-        "fan_out",
-    ),
+    "a product cannot undo a 0": ((5, 4), product_beside, "zero", "kept", "fan_out"),
     "a product cannot divide by 0": ((5, 4), product_of_both, "zero", "kept", "fan_out"),
     "a sum cannot share a 0": (
         [(4,), (4,)],
@@ -484,7 +494,7 @@ ROWS = {
         lambda x: tanh(bn()(L.Activation("relu")(L.Dense(4)(x)))),
         "zero and shift",
         "reduced",
-        "nonlinear",
+        "not_invertible",
     ),
     # padding
     "padding of a shift that differs": (
@@ -523,13 +533,6 @@ ROWS = {
         "padded_shift",
     ),
     "a padding layer that is called twice": ((5, 4), padded_twice, None, "reduced", "padded_shift"),
-    "padding with what is no constant": (
-        (5, 4),
-        lambda x: L.Conv1D(3, 2)(keras.ops.pad(uniform(tanh(x)), ((0, 0), (1, 1), (0, 0)), mode="reflect")),
-        None,
-        "kept",
-        "unsupported_option",
-    ),
     "padding that an earlier fold has filled": ((5, 4), affine_then_uniform, "scale", "kept", "padded_shift"),
     "a transposed window that misses a shift": (
         (5, 4),
@@ -574,13 +577,6 @@ ROWS = {
         None,
         "kept",
         "unknown_size",
-    ),
-    "a truth value is no number": (
-        (6,),
-        lambda x: L.Dense(3)(keras.ops.multiply(tanh(x), True)),
-        None,
-        "kept",
-        "unsupported_option",
     ),
     "a normalization of free width": (
         (5, None),
@@ -648,15 +644,6 @@ def test_a_source_cannot_undo_a_zero_of_its_neighbour():
     assert fuse(model, samples=inputs_for(model)).proof.holds
 
 
-def test_a_source_joined_to_a_zero_stays_as_it_is():
-    def build(x, y):
-        return tanh(L.Dense(3)(L.Concatenate(axis=1)([bn()(tanh(x)), bn("other")(tanh(y))])))
-
-    model = net([(5, 4), (5, 4)], build, n="zero", other="turned")
-    assert decisions(model)["n"].into != ("other",)
-    assert fuse(model, samples=inputs_for(model)).proof.holds
-
-
 # -------------------------------------------------------------------------------------------------- the search
 
 
@@ -678,11 +665,12 @@ def test_a_way_that_ends_halfway_leaves_nothing_behind():
 
 
 def ladder(rungs):
-    """A residual stream: each sum is a choice of who takes a shift."""
-    x = y = keras.Input((4,), name="x")
+    """A residual stream whose sums each leave a choice, of which the second is right: the stream takes the shift."""
+    x = keras.Input((4,), name="x")
+    y = L.Dense(4)(x)
     for _ in range(rungs):
-        y = L.Add()([y, L.Dense(4)(L.Activation("tanh")(y))])
-    return enliven(keras.Model(x, L.Dense(2)(L.Activation("relu")(bn()(y)))), positive=True)
+        y = L.Add()([y, tanh(L.Dense(4)(y))])
+    return keras.Model(x, tanh(y + np.arange(4, dtype=np.float32)))
 
 
 @pytest.fixture
@@ -695,9 +683,9 @@ def shallow():
 
 
 def test_a_long_stream_is_no_recursion_error(request):
-    found = graph.trace(ladder(60))
+    found = graph.trace(ladder(70))
     request.getfixturevalue("shallow")
-    assert planner.plan(found).decisions
+    assert [d.outcome for d in planner.plan(found).decisions] == ["fused"]
 
 
 # --------------------------------------------------------------------------------------- what a round found unfit
@@ -717,7 +705,7 @@ def test_what_costs_accuracy_may_leave_in_part_once(outcome, code, again):
 
 
 def test_all_are_at_fault_where_none_is_found(monkeypatch):
-    monkeypatch.setattr(fusing, "blame", lambda suspects, passes: [])
+    monkeypatch.setattr(fusing, "blame", lambda *given: [])
     right = applier.rewritten
     monkeypatch.setattr(
         applier, "rewritten", lambda layer, edits: {k: v * (2 if edits else 1) for k, v in right(layer, edits).items()}
@@ -729,7 +717,7 @@ def test_all_are_at_fault_where_none_is_found(monkeypatch):
 
 
 def test_a_rebuilt_model_that_differs_with_nothing_fused_is_an_error(monkeypatch):
-    monkeypatch.setattr(fusing.proofs, "exactness", lambda found, plan, ref: (1.0, 1.0))
+    monkeypatch.setattr(proof.Proof, "holds", property(lambda self: False))
     model = chain((4,), L.Dense(3))
     with pytest.raises(ProofError, match="nothing fused"):
         fuse(model, samples=inputs_for(model))
@@ -854,6 +842,11 @@ def test_a_model_cut_out_of_another_has_its_own_calls_only():
     assert "before" not in [node.name for node in graph.trace(part).nodes]
 
 
+def test_a_call_that_several_read_is_one_call():
+    model = net((4,), lambda x: L.Add()([L.ReLU()(y := L.Dense(4)(x)), tanh(y)]))
+    assert len(graph.trace(model).nodes) == 4
+
+
 def test_a_layer_of_another_model_too_has_one_call_here():
     dense = L.Dense(4)
     other = keras.Model(y := keras.Input((4,)), tanh(dense(y)))
@@ -863,7 +856,7 @@ def test_a_layer_of_another_model_too_has_one_call_here():
 
 
 def test_a_long_chain_is_built_again(request):
-    found = graph.trace(chain((4,), *[L.ReLU() for _ in range(60)]))
+    found = graph.trace(chain((4,), *[L.ReLU() for _ in range(150)]))
     request.getfixturevalue("shallow")
-    assert len(graph.replay(found).layers) == 61
+    assert len(graph.replay(found).layers) == 151
     assert apply(found, Plan((), ())).losses == {}

@@ -207,6 +207,33 @@ def test_a_second_affine_moves_a_pad_that_an_earlier_one_left():
     assert pad.kwargs["constant_values"] == 6.0
 
 
+@pytest.mark.parametrize("mode", ["reflect", "symmetric"])
+def test_padding_that_repeats_the_input_follows_by_itself(mode):
+    x = keras.Input((8, 8, 3), name="x")
+    y = BN()(L.Activation("tanh")(x))
+    y = keras.ops.pad(y, ((0, 0), (1, 1), (1, 2), (0, 0)), mode=mode)
+    assert set(outcomes(fused(enliven(keras.Model(x, L.Conv2D(4, 3)(y))))).values()) == {"fused"}
+
+
+@pytest.mark.parametrize("order", ["forward", "backward"])
+def test_padding_along_the_affines_own_axis_stops_it(order):
+    x = keras.Input((5, 4), name="x")
+    first = L.Activation("tanh")(x) if order == "forward" else L.Permute((2, 1))(L.Dense(5)(L.Permute((2, 1))(x)))
+    y = BN(axis=1)(first) if order == "forward" else first
+    y = keras.ops.pad(y, ((0, 0), (1, 2), (0, 0)))
+    y = L.Activation("tanh")(y if order == "forward" else BN(axis=1)(y))
+    model = enliven(keras.Model(x, L.Dense(2)(y)), positive=True)
+    assert {d.code for d in fused(model).decisions} == {"axis_mismatch"}
+
+
+def test_the_pad_that_is_made_takes_a_free_name():
+    x = keras.Input((8, 8, 3), name="x")
+    y = L.Conv2D(4, 3, padding="same", name="conv")(x / 127.5 - 1)
+    model = enliven(keras.Model(x, L.Conv2D(2, 1, name="conv.pad")(L.Activation("tanh")(y))))
+    samples = {"x": np.random.default_rng(0).uniform(0, 255, (6, 8, 8, 3)).astype(np.float32)}
+    assert set(outcomes(fused(model, samples=samples)).values()) == {"fused"}
+
+
 def test_a_shift_that_differs_by_channel_leaves_an_addition_and_says_how_wrong_the_border_would_be():
     model = chain((9, 8, 4), L.Activation("tanh"), BN(), L.Conv2D(5, 3, padding="same"), positive=True)
     (decision,) = fused(model).decisions
@@ -262,6 +289,26 @@ def test_a_mask_is_no_obstacle_for_what_leaves_steps_out(layer):
     x = keras.Input((7,), dtype="int32", name="x")
     y = L.Embedding(5, 4, mask_zero=True)(x)
     y = type(layer).from_config(layer.get_config())(BN()(L.Activation("tanh")(y)))
+    assert set(outcomes(fused(enliven(keras.Model(x, L.Dense(2)(y))))).values()) == {"fused"}
+
+
+@pytest.mark.parametrize("inner", [L.RNN(L.GRUCell(4)), L.RNN([L.LSTMCell(4), L.GRUCell(3)])])
+def test_a_bidirectional_of_something_else_takes_nothing(inner):
+    model = chain((5, 3), L.Activation("tanh"), BN(), L.Bidirectional(inner))
+    assert set(outcomes(fused(model)).values()) == {"kept"}
+
+
+def test_a_frozen_normalization_called_in_training_mode_is_one_at_inference():
+    x = keras.Input((6,), name="x")
+    frozen = BN()
+    frozen.trainable = False
+    y = frozen(L.Dense(4)(x), training=True)
+    assert set(outcomes(fused(enliven(keras.Model(x, L.Dense(2)(L.Activation("tanh")(y)))))).values()) == {"fused"}
+
+
+def test_a_join_of_one_tensor_lets_everything_pass():
+    x = keras.Input((6,), name="x")
+    y = L.Concatenate()([BN()(L.Activation("tanh")(x))])
     assert set(outcomes(fused(enliven(keras.Model(x, L.Dense(2)(y))))).values()) == {"fused"}
 
 

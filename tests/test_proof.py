@@ -144,6 +144,33 @@ def test_a_saturated_softmax_is_looked_behind():
     assert result.proof.holds
 
 
+def clipped(x):
+    return keras.ops.clip(x, 0, 1)
+
+
+def test_a_copy_that_is_not_the_model_proves_nothing():
+    clipped.__name__ = "relu"  # so that its config says relu
+    model = chain((6,), L.Dense(5, activation=clipped), BN(), L.Dense(3))
+    with pytest.raises(ProofError, match="get_config"):
+        fuse(model, samples=inputs_for(model))
+
+
+def test_a_model_that_answers_nan_is_told_so():
+    model = chain((6,), L.Dense(5), BN(), L.Dense(3))
+    model.layers[2].moving_variance.assign(np.full(5, -1.0, np.float32))
+    with pytest.raises(ProofError, match="NaN"):
+        fuse(model, samples=inputs_for(model))
+
+
+def test_a_vocabulary_is_copied_too():
+    lookup = L.IntegerLookup()
+    lookup.adapt([1, 5, 9, 7])
+    x = keras.Input((4,), dtype="int64", name="x")
+    model = enliven(keras.Model(x, L.Dense(2)(BN(name="b")(L.Embedding(8, 3)(lookup(x))))))
+    samples = {"x": np.array([[1, 5, 9, 7], [5, 5, 1, 1], [7, 9, 9, 9]])}
+    assert codes(fuse(model, samples=samples)) == {"b": "folded"}
+
+
 def test_a_model_that_is_random_at_inference_cannot_be_proven():
     @keras.saving.register_keras_serializable("tests")
     class Noise(L.Layer):

@@ -221,7 +221,7 @@ def _worse(job: _Job, plan: Plan, refused: Refused, proof: Proof, ref: Reference
                 f"the rebuilt model differs from the original by {proof.exactness_f64:.2g} in float64 "
                 f"(bound {proof.exactness_bound:.2g}) with nothing fused; please report it"
             )
-        names = job.at_fault(plan, refused, lambda trial: proofs.exactness(job.found, trial, ref)[0], ref.bound)
+        names = job.at_fault(plan, refused, lambda trial: proofs.exactness(job.found, trial, ref), ref.bound)
         differs = f"the model would differ by {proof.exactness_f64:.2g} in float64 (bound {proof.exactness_bound:.2g})"
         if proof.exactness_f64 < ROUNDING:
             return {name: Refusal("conditioning", f"would lose digits: {differs}") for name in names}

@@ -73,23 +73,51 @@ class _Edited:
         change, notices = dict(new_config(self.layer, self.edits)), []
         if self.valid:
             change["padding"] = "valid"
-        constraints = _constraints(self.layer)
-        for path, value in self.weights().items() if constraints else ():
-            slot = f"{path.rsplit('.', 1)[-1].removesuffix('_kernel')}_constraint"
-            if slot not in constraints or slot in change:
-                continue
-            held = numpy(constraints[slot](keras.ops.convert_to_tensor(value, dtype="float32")))
-            if not np.allclose(held, value, rtol=1e-6, atol=1e-7):
-                change[slot] = None
-                kind = type(constraints[slot]).__name__
-                notices.append(f"removed {slot} ({kind}) of {self.name}: the fused weights do not satisfy it")
+        for path, entry, owner in _parts(self.layer):
+            fallen = self.fallen(path, owner)
+            notices += [
+                f"removed {slot} ({type(constraint).__name__}) of {self.name}: the fused weights do not satisfy it"
+                for slot, constraint in fallen.items()
+            ]
+            freed = dict.fromkeys(fallen)
+            if entry is None:
+                change.update(freed)
+            elif freed:
+                stored = change.get(entry) or self.layer.get_config()[entry]
+                change[entry] = {**stored, "config": {**stored["config"], **freed}}
         if self.wrapper is None or not change:
             return change, notices
         inner = self.wrapper.get_config()["layer"]
         return {"layer": {**inner, "config": {**inner["config"], **change}}}, notices
 
+    def fallen(self, path: str, owner: Any) -> dict[str, Any]:
+        """Config slot -> constraint of ``owner`` that the new weights under ``path`` do not satisfy."""
+        constraints = _constraints(owner)
+        found = {}
+        for name, value in self.weights().items() if constraints else ():
+            stem = name.rsplit(".", 1)[-1]
+            # a depthwise convolution calls the constraint of its kernel otherwise
+            slots = (
+                f"{stem.removesuffix('_kernel')}_constraint",
+                *(("depthwise_constraint",) if stem == "kernel" else ()),
+            )
+            for slot in slots:
+                if name.startswith(path) and slot in constraints:
+                    held = numpy(constraints[slot](keras.ops.convert_to_tensor(value, dtype="float32")))
+                    if not np.allclose(held, value, rtol=1e-6, atol=1e-7):
+                        found[slot] = constraints[slot]
+        return found
+
 
 CONSTRAINED = ("kernel", "depthwise", "pointwise", "recurrent", "bias", "embeddings", "gamma", "beta")
+
+
+def _parts(layer: Any) -> list[tuple[str, str | None, Any]]:
+    """(path of its weights, entry of the config, layer) for each part of a layer that has a config of its own."""
+    if not isinstance(layer, L.Bidirectional):
+        return [("", None, layer)]
+    behind = "backward_layer" if "backward_layer" in layer.get_config() else "layer"
+    return [("forward_layer.", "layer", layer.forward_layer), ("backward_layer.", behind, layer.backward_layer)]
 
 
 def _constraints(layer: Any) -> dict[str, Any]:
@@ -181,9 +209,7 @@ def _pads(found: Trace, plan: Plan) -> dict[str, Padding]:
     for name, value in plan.pads.items():
         at = site(found, nodes[name])
         if _only_pads(at):
-            given = padding_of(at)
-            assert not isinstance(given, Refusal)  # the plan has read it
-            pads[name] = Padding(given[0], value, alone=True)
+            pads[name] = Padding(padding_of(at)[0], value, alone=True)
         else:
             widths = same_padding(at)
             assert not isinstance(widths, Refusal)

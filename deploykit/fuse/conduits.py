@@ -88,7 +88,7 @@ def negative(name: str, affine: Affine) -> Refusal:
 
 
 # activations with f(s·x) = s·f(x) for s >= 0
-HOMOGENEOUS = ("relu", "leaky_relu", "linear")
+HOMOGENEOUS = (keras.activations.relu, keras.activations.leaky_relu)
 
 
 def activation_name(layer: Any) -> str:
@@ -97,12 +97,11 @@ def activation_name(layer: Any) -> str:
 
 
 def _activation(at: Site, change: Change, forward: bool) -> Change | Refusal:
-    name = activation_name(at.layer)
-    if name == "linear":
+    if at.layer.activation is keras.activations.linear:
         return change
-    if name in HOMOGENEOUS:
+    if at.layer.activation in HOMOGENEOUS:
         return _homogeneous(at, change, forward)
-    return Refusal("nonlinear", f"{at.name} is a {name}, which an affine cannot pass")
+    return Refusal("nonlinear", f"{at.name} is a {activation_name(at.layer)}, which an affine cannot pass")
 
 
 def _relu(at: Site, change: Change, forward: bool) -> Change | Refusal:
@@ -143,6 +142,18 @@ def _rearranged(at: Site, change: Change, forward: bool) -> Change | Refusal:
         return Refusal("axis_mismatch", f"the affine differs by position on the other side of {at.name}")
 
     return change.carried(law)
+
+
+def _widths(at: Site) -> tuple[tuple[int, int], ...]:
+    """(before, after) per axis of keras.ops.pad."""
+    widths = tuple((int(low), int(high)) for low, high in at.layer.pad_width)
+    return widths * at.rank if len(widths) == 1 else widths
+
+
+def _around(at: Site, change: Change, forward: bool) -> Change | Refusal:
+    if any(_widths(at)[change.axis]):
+        return Refusal("axis_mismatch", f"{at.name} pads along the affine's axis {change.axis}")
+    return change
 
 
 @dataclass(frozen=True)
@@ -202,7 +213,7 @@ CONDUITS: Mapping[type | str, Conduit] = {
     L.ZeroPadding1D: _PADDED,
     L.ZeroPadding2D: _PADDED,
     L.ZeroPadding3D: _PADDED,
-    "Pad": Conduit(_same, pads=True),  # keras.ops.pad with a constant: what an earlier fold left
+    "Pad": Conduit(_around, pads=True),  # keras.ops.pad
 }
 
 
@@ -216,14 +227,16 @@ def travel(at: Site, change: Change, *, forward: bool) -> Change | Refusal:
     return conduit.law(at, change, forward)
 
 
-def padding_of(at: Site) -> tuple[tuple[tuple[int, int], ...], float] | Refusal:
+def pads_constant(at: Site) -> bool:
+    """Whether a layer puts a constant around its input; what repeats or mirrors the edge follows by itself."""
+    return CONDUITS[key(at.layer)].pads and getattr(at.layer, "mode", "constant") == "constant"
+
+
+def padding_of(at: Site) -> tuple[tuple[tuple[int, int], ...], float]:
     """(before, after) per axis, batch included, and the value that a padding layer puts there."""
     if key(at.layer) == "Pad":
         value = at.node.kwargs.get("constant_values", at.node.args[1] if len(at.node.args) > 1 else None)
-        if at.layer.mode != "constant" or not isinstance(value, (int, float, type(None))):
-            return Refusal("unsupported_option", f"{at.name} pads with something else than one number")
-        widths = tuple((int(low), int(high)) for low, high in at.layer.pad_width)
-        return (widths * at.rank if len(widths) == 1 else widths), float(value or 0.0)
+        return _widths(at), float(value or 0.0)
     given = at.layer.padding
     inner = [tuple(given)] if isinstance(at.layer, L.ZeroPadding1D) else [tuple(pair) for pair in given]
     around = [(int(low), int(high)) for low, high in inner]
@@ -231,28 +244,24 @@ def padding_of(at: Site) -> tuple[tuple[tuple[int, int], ...], float] | Refusal:
     return ((0, 0),) * first + tuple(around) + ((0, 0),) * (at.rank - first - len(around)), 0.0
 
 
-def pad_value(at: Site) -> float | Refusal:
+def pad_value(at: Site) -> float:
     """What stands around the input of a layer that pads it, as things are now."""
     if at.pad is not None:
         return at.pad
-    if key(at.layer) not in CONDUITS:
-        return 0.0  # padding="same" and "causal" of a convolution
-    given = padding_of(at)
-    return given if isinstance(given, Refusal) else given[1]
+    return padding_of(at)[1] if key(at.layer) in CONDUITS else 0.0  # padding="same" and "causal" of a convolution
 
 
 def new_padding(at: Site, change: Change) -> float | Refusal:
     """What the constant around the input becomes: forth of it, if that is one number for all channels."""
     value = pad_value(at)
-    if isinstance(value, Refusal):
-        return value
     if change.forth is None:
         return Refusal("padded_shift", f"the padding of {at.name} would have to undo a scale of 0")
     new = change.forth.scale * value + change.forth.shift
     if float(np.ptp(new)) > 4 * np.finfo(np.float64).eps * float(np.abs(new).max()):
-        return Refusal(
-            "padded_shift", f"{at.name} pads with {value:.3g} where a shift of up to {_largest_back(change):.3g} stands"
+        stands = (
+            "channels are scaled apart" if change.is_scaling else f"a shift of up to {_largest_back(change):.3g} stands"
         )
+        return Refusal("padded_shift", f"{at.name} pads with {value:.3g} where {stands}")
     return float(new[0])
 
 
@@ -386,7 +395,8 @@ def _concatenated(at: Site, ports: Ports) -> Sequence[Option] | Refusal:
     """Along the affine's axis every branch has its own range; along another one all share the affine."""
     along = at.layer.axis % len(at.output)
     known = [change for change in (*ports.inputs, ports.output) if change is not None]
-    axis = next((change.axis for change in known if not change.affine.is_uniform), known[0].axis)
+    ends_here = along if along == len(at.output) - 1 else known[0].axis  # where a uniform one is best taken along
+    axis = next((change.axis for change in known if not change.affine.is_uniform), ends_here)
     sizes = [shape[axis] for shape in at.inputs]
     moved: list[Change | None] = []
     for change, size in zip((*ports.inputs, ports.output), (*sizes, at.output[axis]), strict=True):

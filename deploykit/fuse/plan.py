@@ -23,8 +23,9 @@ After a success the turn goes back to stage 1. Each fold is exact on the model a
 left is transparent, one that took something in has its new affine, padding that was changed has its new value.
 Of the ways that are open the one that changes the fewest layers is taken; ties prefer backward.
 
-Cost: a move settles at most `SEARCH_LIMIT` calls, and is repeated only when something that it met has changed;
-so planning is linear in the number of layers. Pure: reads the trace and the sources' parameters, changes nothing,
+Cost: a move settles at most `SEARCH_LIMIT` calls, and is repeated only when something that it met has changed; so
+planning is linear in the number of layers. The factor is largest in dense blocks, where every move meets the whole
+block. Pure: reads the trace and the sources' parameters, changes nothing,
 same input same plan.
 
 Limits: not a global optimum. Stages are greedy, and a net can be made where another order removes one more.
@@ -51,10 +52,11 @@ from deploykit.fuse.sinks import Edit
 from deploykit.graph import Node, Trace, deep_recursion, key
 
 Outcome = Literal["fused", "reduced", "kept"]
+Part = Literal["scale", "shift"]
 Way = Literal["backward", "forward"]
 Direction = Literal["backward", "forward", "both"]
 
-SEARCH_LIMIT = 1000  # calls that one move may settle
+SEARCH_LIMIT = 500  # calls that one move may settle
 NEAR = 50  # of them when a shorter way may yet be found
 
 # How much a refusal says: that nothing is there; that an activation is in the way, as one nearly always is; that the
@@ -104,9 +106,6 @@ class Plan:
         """Sources that left, or left in part."""
         return frozenset(decision.layer for decision in self.decisions if decision.outcome != "kept")
 
-    def edits_of(self, layer: str) -> tuple[Edit, ...]:
-        return tuple(edit for edit in self.edits if edit.layer == layer)
-
     @property
     def edited(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(edit.layer for edit in self.edits))
@@ -124,7 +123,7 @@ class _Move:
     rest: Affine
 
 
-def _move(affine: Affine, part: Literal["scale", "shift"], way: Way) -> _Move | None:
+def _move(affine: Affine, part: Part, way: Way) -> _Move | None:
     """Take the scale or the shift out of an affine on one side; None where a scale of 0 stands against it."""
     ones, zeros = np.ones(affine.channels), np.zeros(affine.channels)
     scale, shift = Affine(affine.scale, zeros), Affine(ones, affine.shift)
@@ -257,8 +256,6 @@ class _Planner:
         return None
 
     def ask(self, search: _Search, node: Node, cause: str | None) -> None:
-        if node is search.source:
-            return
         # calls that pass nothing on come first, since they may end the search; the others in running order, so that
         # all that reaches a merge from its branches is known when it is settled
         heapq.heappush(search.pending, (self.passes_on(node), node.index))
@@ -337,9 +334,7 @@ class _Planner:
             return self.take_in(search, node)
         at = self.site(node)
         sink = sinks.is_sink(at)
-        if at.steps and at.masked:
-            return Refusal("mask", f"{node.name} sees a mask")
-        if conduits.is_merge(at) and len(node.inputs) > 1:
+        if conduits.is_merge(at):
             return self.merge(search, at)
         if len(node.inputs) > 1 and (conduits.is_conduit(at) or (sink and not sinks.takes_several(at))):
             return Refusal("mask", f"{node.name} is called with a second tensor besides its input")
@@ -410,7 +405,7 @@ class _Planner:
         moved = conduits.travel(at, seen, forward=forward is not None)
         if isinstance(moved, Refusal):
             return moved
-        if conduits.CONDUITS[key(at.layer)].pads:
+        if conduits.pads_constant(at):
             value = self.new_padding(at, moved if forward is None else seen)
             if isinstance(value, Refusal):
                 return value
@@ -472,7 +467,7 @@ class _Planner:
                         pads[node.name] = self.padded_with(at, change)
             else:
                 through.append(node.name)
-                if conduits.is_conduit(at) and conduits.CONDUITS[key(at.layer)].pads:
+                if conduits.is_conduit(at) and conduits.pads_constant(at):
                     value = self.padded_with(at, search.changes[node.inputs[0]])
                     if value != conduits.pad_value(at):
                         pads[node.name] = value
@@ -595,7 +590,7 @@ class _Turns:
         self.whole, self.part = frozenset(whole), frozenset(part)  # what may leave wholly; what at least in part
         self.edits: list[Edit] = []
         self.clock = 0
-        self.changed_at: dict[str, int] = {}
+        self.passable_at: dict[str, int] = {}  # layer -> when it last became another one to pass
 
     def run(self) -> None:
         while any(self.sweeps(stage) for stage in (1, 2, 3)):
@@ -620,7 +615,7 @@ class _Turns:
         record = self.records[name]
         if stage not in record.asked:
             return True
-        return any(self.changed_at.get(met, -1) >= record.asked[stage] for met in record.met[stage])
+        return any(self.passable_at.get(met, -1) >= record.asked[stage] for met in record.met[stage])
 
     def ask(self, name: str, stage: int) -> bool:
         """Let a source leave in one of the ways of a stage; whether it did."""
@@ -634,8 +629,9 @@ class _Turns:
         for planner.limit in (NEAR, SEARCH_LIMIT):  # a short way is better than a long one
             best: list[_Fold] | None = None
             further = []
+            tried: dict[tuple[Part, Way], _Fold | Refusal] = {}
             for way in ways:
-                found = self.folds(name, way)
+                found = self.folds(name, way, tried)
                 if not isinstance(found, Refusal):
                     if best is None or _touched(found) < _touched(best):
                         best = found
@@ -658,18 +654,26 @@ class _Turns:
         record.asked[stage], record.met[stage] = self.clock, frozenset(planner.met)
         return False
 
-    def folds(self, name: str, way: _Way) -> list[_Fold] | Refusal:
-        """The folds of all moves of one way, or why one of them is not possible; nothing is changed."""
+    def folds(self, name: str, way: _Way, tried: dict[tuple[Part, Way], _Fold | Refusal]) -> list[_Fold] | Refusal:
+        """The folds of all moves of one way, or why one of them is not possible; nothing is changed.
+
+        ``tried``: first moves that other ways began with, and what became of them.
+        """
         planner = self.planner
         folds: list[_Fold] = []
         undo: list[Callable[[], None]] = []
         refusal: Refusal | None = None
         for part, side in way.moves:
             source = planner.open[name]
+            first = not folds
             if source.affine.is_scaling if part == "shift" else bool((source.affine.scale == 1).all()):
                 continue  # nothing of that kind to move
-            move = _move(source.affine, part, side)
-            found = _zeros(source.affine) if move is None else planner.attempt(source, move)
+            found = tried.get((part, side)) if first else None
+            if found is None:
+                move = _move(source.affine, part, side)
+                found = _zeros(source.affine) if move is None else planner.attempt(source, move)
+            if first:
+                tried[part, side] = found
             if isinstance(found, Refusal):
                 refusal = found
                 break
@@ -686,12 +690,14 @@ class _Turns:
         for fold in folds:
             planner.apply(name, fold)
             self.edits += fold.edits
-            self.changed_at.update(dict.fromkeys((*fold.affines, *fold.pads), self.clock))
-        self.changed_at[name] = self.clock
+            self.passable_at.update(dict.fromkeys(fold.pads, self.clock))
+            for layer in fold.affines:
+                self.records[layer].asked.clear()
         self.records[name].folds += folds
         if planner.open[name].affine.is_identity:
             planner.gone.add(name)
             del planner.open[name]
+            self.passable_at[name] = self.clock
 
 
 def _touched(folds: Sequence[_Fold]) -> int:
@@ -702,7 +708,7 @@ def _touched(folds: Sequence[_Fold]) -> int:
 @dataclass(frozen=True)
 class _Way:
     name: str
-    moves: tuple[tuple[Literal["scale", "shift"], Way], ...]
+    moves: tuple[tuple[Part, Way], ...]
 
 
 _WAYS = (
@@ -760,6 +766,9 @@ def plan(
         turns = _Turns(planner, records, free, [*free, *partly])
         turns.run()
     decisions = tuple(_decided(record, planner, final.get(name)) for name, record in records.items())
+    for name, (node, layer) in sources.enclosed(found).items():
+        reason = f"{node.name} ({type(node.layer).__name__}) is called as a whole"
+        decisions += (Decision(name, type(layer).__name__, "kept", None, (), (), "enclosed", reason),)
     changed = {name for record in records.values() for fold in record.folds for name in fold.affines}
     changed |= {name for name, record in records.items() if record.folds}
     affines = {name: (s.axis, s.affine) for name, s in planner.open.items() if name in changed}
@@ -774,7 +783,7 @@ def _readable(planner: _Planner, node: Node) -> sources.Source | Refusal:
 
 def _decided(record: _Record, planner: _Planner, standing: Refusal | None) -> Decision:
     if record.node.name in planner.gone:
-        return record.decision("fused", "folded", "exact")
+        return record.decision("fused", "folded", "exact" if record.folds else "it is the identity")
     if record.folds:
         why = standing or record.blocked_by()
         return record.decision(

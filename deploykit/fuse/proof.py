@@ -13,6 +13,9 @@ hide differences. An output that hardly varies from sample to sample (spread bel
 is listed as insensitive and is no evidence; without any evidence there is no proof. The two float64
 models never live at the same time.
 
+All of this is about copies of the model's layers, made from their configs; a copy that does not answer like the model
+itself in its own precision ends the proof.
+
 Limits: a model that does not answer the same twice (noise above 1e-5: random layers) cannot be proven.
 """
 
@@ -26,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from ml_dtypes import finfo  # knows bfloat16 too; TensorFlow depends on it
 
 from deploykit.errors import ProofError
 from deploykit.fuse.apply import apply, round_weights
@@ -138,6 +142,11 @@ def reference(found: Trace, model: Any, samples: Mapping[str, npt.NDArray[Any]],
     evidence = tuple(_varies(output) for output in outputs)
     pairs = zip(moved, outputs, evidence, strict=True)
     noise = max((distance(a, b[:NOISE_SAMPLES]) for a, b, counts in pairs if counts), default=0.0)
+    if not any(np.isfinite(output).any() for output in outputs if output.dtype.kind == "f"):
+        raise ProofError(
+            "every output of the model is NaN or infinite on the inputs of the proof; `deploykit inspect` says which "
+            "weights or statistics are at fault"
+        )
     if noise > IRREPRODUCIBLE:
         raise ProofError(
             f"the model does not answer the same twice (float64 runs differ by {noise:.2g}): a layer is random at "
@@ -149,20 +158,38 @@ def reference(found: Trace, model: Any, samples: Mapping[str, npt.NDArray[Any]],
             "give real inputs with --data"
         )
     float32 = tuple(run(model, samples, batch=batch))
+    _check_copy(found, float32, samples, batch, noise)
     return Reference(samples, batch, tuple(names), outputs, evidence, noise, float32)
 
 
-def exactness(found: Trace, plan: Plan, ref: Reference) -> tuple[float, float]:
-    """(exactness_f64, exactness_stored) of a plan."""
-    double = apply(found, plan, dtype="float64", logits=True).model
-    exact = ref.error(run(double, ref.samples, batch=ref.batch))
-    round_weights(double, found, plan)
-    return exact, ref.error(run(double, ref.samples, batch=ref.batch))
+def _check_copy(found: Trace, own: Arrays, samples: Mapping[str, npt.NDArray[Any]], batch: int, noise: float) -> None:
+    """Every proof is about copies of the layers: ProofError unless a copy of the model answers like the model itself.
+
+    What may differ is rounding, in the model's own precision and amplified as the float64 noise shows.
+    """
+    copy = run(replay(found), samples, batch=batch)
+    for spec, a, b in zip(found.signature.outputs, copy, own, strict=True):
+        floating = b.dtype.kind == "f" or b.dtype.name == "bfloat16"
+        ulp = float(finfo(b.dtype).eps) if floating else 0.0  # type: ignore[no-untyped-call]
+        limit = 64 * ulp + min(1e-2, NOISE_FACTOR * noise * ulp / float(np.finfo(np.float64).eps))
+        if (far := distance(a, b)) > limit:
+            raise ProofError(
+                f"a copy of the model made from its layers' configs answers otherwise than the model (output "
+                f"{spec.name} differs by {far:.2g}): the get_config of some layer does not describe all that it does"
+            )
+
+
+def exactness(found: Trace, plan: Plan, ref: Reference) -> float:
+    """How far the model of a plan is from the reference, with its float64 weights."""
+    return ref.error(run(apply(found, plan, dtype="float64", logits=True).model, ref.samples, batch=ref.batch))
 
 
 def prove(found: Trace, plan: Plan, fused: Any, ref: Reference) -> Proof:
     """Measure everything about a fused model; nothing is judged here but by `Proof.holds`."""
-    exact, stored = exactness(found, plan, ref)
+    double = apply(found, plan, dtype="float64", logits=True).model
+    exact = ref.error(run(double, ref.samples, batch=ref.batch))
+    round_weights(double, found, plan)
+    stored = ref.error(run(double, ref.samples, batch=ref.batch))
     return Proof(
         exactness_f64=exact,
         exactness_bound=ref.bound,

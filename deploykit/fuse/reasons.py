@@ -25,6 +25,7 @@ CODES: Mapping[str, str] = {
     "bad_statistics": "variance + epsilon is not positive, or a parameter is not finite",
     "unsupported_option": "the layer has an option whose inference is not a per-channel affine",
     "dtype_change": "the layer also changes the dtype, which its neighbours would have to take over",
+    "enclosed": "it stands inside a layer that is called as a whole: a model in a TimeDistributed, a custom layer",
     "kept_by_user": "--keep names the layer",
     "barrier": "--barrier names a layer on the way",
     "overflow": "a folded weight would not fit into the layer's dtype",

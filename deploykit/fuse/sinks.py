@@ -96,10 +96,10 @@ def _shifts(edits: Sequence[Edit]) -> bool:
 
 def _behind_activation(at: Site, change: Change) -> Refusal | None:
     """What the activation inside a layer lets through from behind."""
-    name = activation_name(at.layer)
-    if name == "linear":
+    name, activation = activation_name(at.layer), at.layer.activation
+    if activation is keras.activations.linear:
         return None
-    if name not in HOMOGENEOUS or not change.is_scaling:
+    if activation not in HOMOGENEOUS or not change.is_scaling:
         return Refusal("fused_activation", f"{at.name} has activation='{name}'")
     if not change.keeps_order:
         return Refusal("fused_activation", negative(f"activation='{name}' of {at.name}", change.affine).reason)
@@ -389,6 +389,12 @@ _RECURRENT = (L.LSTM, L.GRU, L.SimpleRNN)
 
 
 def _recurrent_before(at: Site, change: Change, port: int) -> Change | Refusal:
+    sides = [at.layer]
+    if isinstance(at.layer, L.Bidirectional):
+        sides = [at.layer.forward_layer, at.layer.backward_layer]
+    strange = next((type(side).__name__ for side in sides if type(side) not in _RECURRENT), None)
+    if strange is not None:
+        return Refusal("no_sink", f"{at.name} runs a {strange}, which cannot take an affine in front of it")
     found = change.onto(2, at.inputs[0][2])
     if found is None:
         return _mismatch(at, change.axis)

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from deploykit.affine import Affine, Vector
 from deploykit.fuse.change import Site, site
 from deploykit.fuse.reasons import Refusal
-from deploykit.graph import Node, Ref, Trace, key, numpy
+from deploykit.graph import Node, Ref, Trace, inner_layers, key, numpy
 
 L = keras.layers
 Float64 = npt.NDArray[np.float64]
@@ -109,12 +109,9 @@ def _rescaling(at: Site) -> Found:
 
 def _constant(at: Site) -> Float64 | Refusal:
     """The constant beside the tensor in ``x + c`` and its like."""
-    others = [value for value in at.node.args if not isinstance(value, Ref)]
-    if len(others) != 1 or at.node.kwargs or isinstance(others[0], (bool, str)):
-        return Refusal("unsupported_option", f"{at.name} is called in a way that is not a tensor and a constant")
+    (other,) = (value for value in at.node.args if not isinstance(value, Ref))
     try:
-        value = others[0] if isinstance(others[0], (int, float)) else numpy(others[0])
-        return np.asarray(value, np.float64)
+        return np.asarray(other if isinstance(other, (int, float)) else numpy(other), np.float64)
     except (TypeError, ValueError):
         return Refusal("unsupported_option", f"{at.name} has a constant that is no array of numbers")
 
@@ -156,15 +153,23 @@ def kind_of(node: Node) -> str:
 def is_source(node: Node) -> bool:
     """Whether a node is an affine by its kind. An operation on two tensors is none."""
     layer = node.layer.layer if type(node.layer) is L.TimeDistributed else node.layer
-    return key(layer) in SINGLE or (key(layer) in SOURCES and len(node.inputs) == 1 and _has_constant(node))
+    return key(layer) in SOURCES and (isinstance(key(layer), type) or len(node.inputs) == 1)
 
 
-SINGLE = (L.BatchNormalization, L.Normalization, L.Rescaling, "Negative")
+def enclosed(found: Trace) -> dict[str, tuple[Node, Any]]:
+    """Sources inside layers that are called as a whole: path -> (the call around it, the layer itself)."""
+    layers = {}
+    for node in found.nodes:
+        if not is_source(node):
+            inside = [layer for layer in inner_layers(node.layer) if type(layer) in SOURCES]
+            layers.update({f"{node.name}/{layer.name}": (node, layer) for layer in inside})
+    return layers
 
 
-def _has_constant(node: Node) -> bool:
-    """x + x has one input too."""
-    return sum(isinstance(value, Ref) for value in node.args) == 1
+def kinds(found: Trace) -> list[str]:
+    """The kind of every source of a model."""
+    own = [kind_of(node) for node in found.nodes if is_source(node)]
+    return own + [type(layer).__name__ for _, layer in enclosed(found).values()]
 
 
 def read(found: Trace, node: Node) -> Source | Refusal:
@@ -173,14 +178,14 @@ def read(found: Trace, node: Node) -> Source | Refusal:
     before, after = found.tensors[node.inputs[0]], found.tensors[node.outputs[0]]
     if found.calls(node) > 1:
         return Refusal("shared_layer", f"{at.name} is called {found.calls(node)} times")
-    if node.training and isinstance(at.layer, L.BatchNormalization):
+    if node.training and isinstance(at.layer, L.BatchNormalization) and at.layer.trainable:  # frozen: inference
         return Refusal("training_mode", f"{at.name} is called with training=True and normalises by the batch")
     if len(node.inputs) > 1 and not isinstance(at.layer, L.BatchNormalization):  # whose mask counts in training only
         return Refusal("mask", f"{at.name} is called with a second tensor besides its input")
+    if "float" not in before.dtype:
+        return Refusal("unsupported_option", f"{at.name} computes in {before.dtype}, which wraps and truncates")
     if before.dtype != after.dtype:
         return Refusal("dtype_change", f"{at.name} turns {before.dtype} into {after.dtype}")
-    if at.steps and at.masked:
-        return Refusal("mask", f"{at.name} sees a mask")
     law = SOURCES[key(at.layer)](at)
     if isinstance(law, Refusal):
         return law
