@@ -5,7 +5,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 JOBS   ?= 2
 
-.PHONY: demo test quick lint clean
+.PHONY: demo test quick lint mutants clean
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -30,6 +30,9 @@ lint: $(VENV)/ready-dev ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+mutants: $(VENV)/ready-dev ## remove each guard in turn: some test must fail
+	$(BIN)/python tests/mutate_guards.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -156,7 +156,7 @@ def _channels(which: npt.NDArray[np.bool_]) -> str:
 def _training_mode(norm: Norm) -> str | None:
     if not norm.by_batch:
         return None
-    return "it is called with training=True, so each answer depends on the rest of its batch"
+    return "it is called with training=True, so where no other mode is asked for each answer depends on its batch"
 
 
 def _never_updated(norm: Norm) -> str | None:

@@ -412,6 +412,12 @@ def _padding_layer(stem: str, key: str) -> Callable[[Options, Shape, Rng, str], 
     return build
 
 
+def _constant_pad(o: Options, shape: Shape, rng: Rng, name: str) -> Any:
+    amount = (1, 1) if o["amount"] == 1 else o["amount"]
+    widths = ((0, 0), *[amount] * (len(shape) - 1), (0, 0))
+    return lambda x: keras.ops.pad(x, widths, constant_values=o["value"])
+
+
 OPS: Mapping[str, Op] = {
     # weights
     "Dense": Op(_channels("units"), _plain(L.Dense), {"units": FILTERS, **WEIGHTS}, weight=3),
@@ -511,6 +517,11 @@ OPS: Mapping[str, Op] = {
         _of_rank(2, 3, law=_resized(lambda size, o: size + _border(o))),
         _padding_layer("ZeroPadding", "padding"),
         {"amount": BORDER},
+    ),
+    "Pad": Op(
+        _of_rank(2, 3, law=_resized(lambda size, o: size + _border(o))),
+        _constant_pad,
+        {"amount": BORDER, "value": (0.0, 0.75)},
     ),
     "UpSampling": Op(
         _of_rank(2, 3, law=_resized(lambda size, o: size * int(o["size"]))), _nd("UpSampling{}D", {}), {"size": (2,)}

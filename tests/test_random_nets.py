@@ -50,7 +50,7 @@ def test_fusing_a_random_net_is_exact_idempotent_and_leaves_its_source_alone(see
 
 @pytest.fixture(scope="module")
 def programs():
-    return [draft(seed) for seed in range(500)]
+    return [draft(seed) for seed in range(1000)]
 
 
 def test_every_instruction_and_every_choice_of_its_options_occurs(programs):
