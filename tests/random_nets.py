@@ -415,13 +415,7 @@ def _padding_layer(stem: str, key: str) -> Callable[[Options, Shape, Rng, str], 
 def _constant_pad(o: Options, shape: Shape, rng: Rng, name: str) -> Any:
     amount = (1, 1) if o["amount"] == 1 else o["amount"]
     widths = ((0, 0), *[amount] * (len(shape) - 1), (0, 0))
-
-    def call(x: Any) -> Any:
-        padded = keras.ops.pad(x, widths, constant_values=o["value"])
-        padded._keras_history.operation.name = name  # not one that counts the operations of the process
-        return padded
-
-    return call
+    return lambda x: _named(keras.ops.pad(x, widths, constant_values=o["value"]), name)
 
 
 OPS: Mapping[str, Op] = {
