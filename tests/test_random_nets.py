@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -108,7 +109,9 @@ def test_a_seed_is_one_net_and_prints_as_one(programs):
 @pytest.mark.parametrize("seed", range(6))
 def test_a_build_is_the_same_every_time(seed):
     one, two = build(generate(seed)), build(generate(seed))
-    assert config(one.model) == config(two.model)
+    # Keras makes the mask of an Embedding by an operation that it names itself
+    first, second = (re.sub(r"not_equal(_\d+)?", "not_equal", config(each.model)) for each in (one, two))
+    assert first == second
     assert all(map(np.array_equal, map(graph.numpy, one.model.weights), map(graph.numpy, two.model.weights)))
     assert all(np.array_equal(one.samples[name], two.samples[name]) for name in one.samples)
 
