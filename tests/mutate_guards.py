@@ -39,6 +39,7 @@ KEEPS = FUSE + "test_guard_keeps_the_source_and_the_model_right"
 ROW = "tests/test_guards.py::test_guard_decides"
 MORE = "tests/test_guards.py::"
 PROOF = "tests/test_proof.py::"
+WAYS = "tests/test_plan.py::"
 GRAPH = "tests/test_graph.py::"
 SIGN = FUSE + "test_what_needs_a_sign_lets_no_channel_be_turned_round"
 NO_SHIFT = FUSE + "test_what_passes_no_shift_leaves_it"
@@ -366,7 +367,7 @@ ON_THE_WAY = (
     row(
         "an activation that passes nothing",
         CONDUITS,
-        """return Refusal("nonlinear", f"{at.name} is a {name}, which an affine cannot pass")""",
+        """return Refusal("nonlinear", f"{at.name} is a {activation_name(at.layer)}, which an affine cannot pass")""",
         "return _homogeneous(at, change, forward)",
         *decides("a tanh on the way lets no scale pass"),
     ),
@@ -581,15 +582,15 @@ TAKING = (
     row(
         "an activation inside a layer",
         SINKS,
-        "if name not in HOMOGENEOUS or not change.is_scaling:",
+        "if activation not in HOMOGENEOUS or not change.is_scaling:",
         "if not change.is_scaling:",
         *decides("a tanh inside lets no scale out"),
     ),
     row(
         "a shift behind an activation inside",
         SINKS,
-        "if name not in HOMOGENEOUS or not change.is_scaling:",
-        "if name not in HOMOGENEOUS:",
+        "if activation not in HOMOGENEOUS or not change.is_scaling:",
+        "if activation not in HOMOGENEOUS:",
         *decides("a relu inside lets no shift out"),
     ),
     row(
@@ -950,9 +951,58 @@ READING = (
     row(
         "a source in training mode",
         SOURCES,
-        "if node.training and isinstance(at.layer, L.BatchNormalization):",
+        "if node.training and isinstance(at.layer, L.BatchNormalization) and at.layer.trainable:",
         "if False:",
         f"{KEEPS}[training_mode]",
+    ),
+    row(
+        "a source of whole numbers",
+        SOURCES,
+        'if "float" not in before.dtype:',
+        "if False:",
+        f"{KEEPS}[unsupported_option integers]",
+    ),
+    row(
+        "a bidirectional of something else",
+        SINKS,
+        "if strange is not None:",
+        "if False:",
+        WAYS + "test_a_bidirectional_of_something_else_takes_nothing",
+    ),
+    row(
+        "padding along the affine's own axis",
+        CONDUITS,
+        "if any(_widths(at)[change.axis]):",
+        "if False:",
+        WAYS + "test_padding_along_the_affines_own_axis_stops_it",
+    ),
+    row(
+        "a name for the pad that is made",
+        "graph.py",
+        '_distinct([f"{node.name}.pad"], taken)[0]',
+        'f"{node.name}.pad"',
+        WAYS + "test_the_pad_that_is_made_takes_a_free_name",
+    ),
+    row(
+        "a copy that is not the model",
+        PROVE,
+        "if (far := distance(a, b)) > limit:",
+        "if False:",
+        PROOF + "test_a_copy_that_is_not_the_model_proves_nothing",
+    ),
+    row(
+        "an answer of NaN",
+        PROVE,
+        'if not any(np.isfinite(output).any() for output in outputs if output.dtype.kind == "f"):',
+        "if False:",
+        PROOF + "test_a_model_that_answers_nan_is_told_so",
+    ),
+    row(
+        "a vocabulary",
+        "graph.py",
+        'if hasattr(old, "load_assets"):',
+        "if False:",
+        PROOF + "test_a_vocabulary_is_copied_too",
     ),
     row(
         "a source with a second tensor",
@@ -1175,8 +1225,8 @@ BUILDING = (
     row(
         "a call is read once",
         "graph.py",
-        "id(node) in done or id(node) not in",
-        "id(node) not in",
+        "if id(node) in done or node.is_input:",
+        "if node.is_input:",
         MORE + "test_a_call_that_several_read_is_one_call",
     ),
     row(
