@@ -64,13 +64,12 @@ def inputs_of(model: keras.Model, count: int, seed: int, data: str | None) -> li
     return found
 
 
-def run(model: keras.Model, arrays: list[np.ndarray]) -> list[np.ndarray]:
-    """Outputs of a model, one sample at a time to bound memory."""
+def run(model: keras.Model, arrays: list[np.ndarray], batch: int = 1) -> list[np.ndarray]:
+    """Outputs of a model, ``batch`` samples at a time: one, unless told otherwise, to bound memory."""
     pieces = []
-    for i in range(len(arrays[0])):
-        flat = [
-            keras.ops.convert_to_tensor(a[i : i + 1], dtype=t.dtype) for a, t in zip(arrays, model.inputs, strict=True)
-        ]
+    for i in range(0, len(arrays[0]), batch):
+        parts = zip(arrays, model.inputs, strict=True)
+        flat = [keras.ops.convert_to_tensor(a[i : i + batch], dtype=t.dtype) for a, t in parts]
         given = keras.tree.pack_sequence_as(model.input, flat) if hasattr(model, "input") else flat
         outputs = keras.tree.flatten(model(given, training=False))
         pieces.append([np.asarray(keras.ops.convert_to_numpy(o), np.float64) for o in outputs])

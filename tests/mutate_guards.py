@@ -641,15 +641,15 @@ TAKING = (
     row(
         "padding of every step",
         SINKS,
-        'Refusal("padded_shift", "") if at.steps else new_padding(at, found)',
-        "new_padding(at, found)",
+        "if at.steps or isinstance(widths, Refusal)",
+        "if isinstance(widths, Refusal)",
         *decides("padding of every step"),
     ),
     row(
         "padding of unknown width",
         SINKS,
-        "if isinstance(value, Refusal) or isinstance(widths, Refusal):",
-        "if isinstance(value, Refusal):",
+        "if at.steps or isinstance(widths, Refusal) or isinstance(new_padding(at, found), Refusal):",
+        "if at.steps or isinstance(new_padding(at, found), Refusal):",
         *decides("padding of a length that is not known"),
     ),
     row(

@@ -37,7 +37,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from itertools import count
 from pathlib import Path
 from types import ModuleType
@@ -1120,11 +1120,12 @@ def _reproved(model: Any, fused: Any, samples: Mapping[str, Array]) -> str | Non
         first, second = (keras.models.load_model(file, compile=False, safe_mode=True) for file in files)
     # all of the samples: the original's own error on a lucky few would be no yardstick
     arrays = [samples[symbol._keras_history.operation.name] for symbol in first.inputs]
-    reference = reprove.run(reprove.in_float64(first), arrays)
-    stored = reprove.distance(reprove.run(reprove.in_float64(second), arrays), reference)
+    run = partial(reprove.run, arrays=arrays, batch=len(arrays[0]))
+    reference = run(reprove.in_float64(first))
+    stored = reprove.distance(run(reprove.in_float64(second)), reference)
     if stored <= 4 * 2.0**-23:
         return None
-    bound = 4 * reprove.distance(reprove.run(first, arrays), reference)
+    bound = 4 * reprove.distance(run(first), reference)
     return None if stored <= bound else f"{DISAGREES}: {stored:.3g}, allowed {bound:.3g}"
 
 

@@ -146,13 +146,14 @@ def _product_before(at: Site, change: Change, port: int) -> Change | Refusal:
     if channels.transposed and not back.is_scaling:
         return Refusal("padded_shift", f"border windows of {at.name} would miss a shift of up to {_seen(back)}")
     if pads_anew(at, found):
-        value = Refusal("padded_shift", "") if at.steps else new_padding(at, found)
         widths = same_padding(at)
-        if isinstance(value, Refusal) or isinstance(widths, Refusal):
+        if at.steps or isinstance(widths, Refusal) or isinstance(new_padding(at, found), Refusal):
+            wrong = (
+                "" if isinstance(widths, Refusal) else f" (the border wrong by up to {_border(at, back, widths):.3g})"
+            )
             return Refusal(
                 "padded_shift",
-                f"padding='{layer.padding}' on {at.name} would see a shift of up to {_seen(back)}"
-                + _border(at, back, widths),
+                f"padding='{layer.padding}' on {at.name} would see a shift of up to {_seen(back)}{wrong}",
             )
     return found
 
@@ -169,10 +170,8 @@ def _seen(affine: Affine) -> str:
     return f"{affine.largest_shift:.3g}"
 
 
-def _border(at: Site, back: Affine, widths: Any) -> str:
+def _border(at: Site, back: Affine, widths: Sequence[tuple[int, int]]) -> float:
     """By how much the padded windows would be wrong: the answer of the taps that see padding to the shift."""
-    if isinstance(widths, Refusal):
-        return ""
     layer = at.layer
     blocks = _blocks(layer, _product_weights(layer, at.edits) if at.edits else None)
     first, later = blocks[0][1], blocks[1:]
@@ -192,7 +191,7 @@ def _border(at: Site, back: Affine, widths: Any) -> str:
             sees = index >= missing if end == 0 else index < len(index) - missing
             inside &= sees.reshape([-1 if a == axis else 1 for a in range(len(pads))])
         worst = max(worst, float(np.abs(taps[~inside].sum(axis=0)).max(initial=0.0)))
-    return f" (the border wrong by up to {worst:.3g})"
+    return worst
 
 
 def _blocks(layer: Any, weights: Weights | None = None) -> list[tuple[Kernel, Float64]]:
