@@ -619,6 +619,12 @@ def _squashes(node: Node) -> str | None:
     return None
 
 
+def squashed_outputs(found: Trace) -> tuple[bool, ...]:
+    """Per output, whether `replay` with ``logits`` shows what goes into the squashing call that makes it."""
+    makers = [found.producer(tensor) for tensor in found.outputs]
+    return tuple(maker is not None and found.calls(maker) == 1 and _squashes(maker) is not None for maker in makers)
+
+
 def replay(
     found: Trace,
     *,

@@ -34,7 +34,7 @@ from deploykit.fuse.plan import Decision, Plan
 from deploykit.fuse.plan import plan as make_plan
 from deploykit.fuse.proof import Proof, Reference
 from deploykit.fuse.reasons import CODES, Refusal
-from deploykit.graph import Trace, float32_only, run, trace
+from deploykit.graph import Trace, float32_only, trace
 from deploykit.load.health import refuse_rewriting
 
 __all__ = ["CODES", "Decision", "Fused", "Plan", "Proof", "Refusal", "fuse"]
@@ -94,7 +94,7 @@ def _worst(suspects: Sequence[str], error: Callable[[frozenset[str]], float]) ->
 def _float32_limit(ref: Reference) -> float:
     dtypes = [output.dtype for output in ref.float32 if output.dtype.kind == "f" or output.dtype.name == "bfloat16"]
     ulp = max((2.0**-7 if d.name == "bfloat16" else float(np.finfo(d).eps) for d in dtypes), default=0.0)
-    return CONDITIONING_FACTOR * ref.error(ref.float32, evidence_only=False) + CONDITIONING_FLOOR_ULP * ulp
+    return CONDITIONING_FACTOR * ref.rounding(ref.float32) + CONDITIONING_FLOOR_ULP * ulp
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,9 +139,6 @@ class _Job:
             return known[group]
 
         return blame(suspects, of, limit) or suspects
-
-    def run(self, plan: Plan, ref: Reference) -> list[npt.NDArray[Any]]:
-        return run(apply(self.found, plan).model, ref.samples, batch=ref.batch)
 
 
 def fuse(
@@ -228,7 +225,7 @@ def _worse(job: _Job, plan: Plan, refused: Refused, proof: Proof, ref: Reference
         return {name: Refusal("proof_failed", f"fused, {differs}") for name in names}
     limit = _float32_limit(ref)
     if proof.float32_fused > limit and plan.changed:
-        names = job.at_fault(plan, refused, lambda trial: ref.error(job.run(trial, ref), evidence_only=False), limit)
+        names = job.at_fault(plan, refused, lambda trial: proofs.rounding(job.found, trial, ref), limit)
         bits = math.log2(proof.float32_fused / max(proof.float32_original, 2.0**-23))
         return {name: Refusal("conditioning", f"would lose {bits:.1f} bits in float32") for name in names}
     return {}

@@ -6,7 +6,8 @@
                        by backward error analysis (Higham, Accuracy and Stability, ch. 3) that is what
                        summing in another order amounts to, so it is what exact algebra may differ by
     exactness_stored   the fused weights as the file has them, evaluated in float64
-    float32_*          both models as they run, against the float64 original: what the rounding costs
+    float32_*          both models as they run, against the float64 original: what the rounding costs, compared in
+                       front of a final softmax or the like instead of behind it
 
 Every output counts, and besides it what goes into a final softmax, sigmoid or the like, because those
 hide differences. An output that hardly varies from sample to sample (spread below 1e-6 of its size)
@@ -34,7 +35,7 @@ from ml_dtypes import finfo  # knows bfloat16 too; TensorFlow depends on it
 from deploykit.errors import ProofError
 from deploykit.fuse.apply import apply, round_weights
 from deploykit.fuse.plan import Plan
-from deploykit.graph import Trace, numpy, replay, run, values_per_sample
+from deploykit.graph import Trace, numpy, replay, run, squashed_outputs, values_per_sample
 
 Arrays = Sequence[npt.NDArray[Any]]
 FLOOR = 1e-12  # relative L2 that float64 reaches on any net that is not ill-conditioned
@@ -72,16 +73,25 @@ class Reference:
     outputs: tuple[npt.NDArray[Any], ...]  # the model's own, then what goes into squashing ends
     evidence: tuple[bool, ...]
     noise: float
-    float32: tuple[npt.NDArray[Any], ...]
+    float32: tuple[npt.NDArray[Any], ...]  # the same as the original runs
+    judged: tuple[bool, ...] = ()  # where rounding is compared: in front of a squashing end, not behind it
 
     @property
     def bound(self) -> float:
         return max(FLOOR, NOISE_FACTOR * self.noise)
 
-    def error(self, outputs: Arrays, *, evidence_only: bool = True) -> float:
-        """Largest relative L2 distance of outputs to the reference."""
+    def error(self, outputs: Arrays) -> float:
+        """Largest relative L2 distance to the reference, of the outputs that are evidence."""
         pairs = zip(outputs, self.outputs, self.evidence, strict=False)
-        return max((distance(a, b) for a, b, counts in pairs if counts or not evidence_only), default=math.inf)
+        return max((distance(a, b) for a, b, counts in pairs if counts), default=math.inf)
+
+    def rounding(self, outputs: Arrays) -> float:
+        """The same of outputs in the model's own precision.
+
+        A softmax of large logits amplifies rounding to a matter of luck, so what goes into it is compared.
+        """
+        pairs = zip(outputs, self.outputs, self.judged, strict=False)
+        return max((distance(a, b) for a, b, counts in pairs if counts), default=math.inf)
 
 
 def distance(candidate: npt.NDArray[Any], reference: npt.NDArray[Any]) -> float:
@@ -157,18 +167,19 @@ def reference(found: Trace, model: Any, samples: Mapping[str, npt.NDArray[Any]],
             "no output of the model varies between the inputs of the proof, so nothing can be proven; "
             "give real inputs with --data"
         )
-    float32 = tuple(run(model, samples, batch=batch))
-    _check_copy(found, float32, samples, batch, noise)
-    return Reference(samples, batch, tuple(names), outputs, evidence, noise, float32)
+    own = run(model, samples, batch=batch)
+    copy = run(replay(found, logits=True), samples, batch=batch)
+    _check_copy(found, own, copy, noise)
+    judged = (*(not squashed for squashed in squashed_outputs(found)), *[True] * (len(outputs) - len(own)))
+    return Reference(samples, batch, tuple(names), outputs, evidence, noise, (*own, *copy[len(own) :]), judged)
 
 
-def _check_copy(found: Trace, own: Arrays, samples: Mapping[str, npt.NDArray[Any]], batch: int, noise: float) -> None:
+def _check_copy(found: Trace, own: Arrays, copy: Arrays, noise: float) -> None:
     """Every proof is about copies of the layers: ProofError unless a copy of the model answers like the model itself.
 
     What may differ is rounding, in the model's own precision and amplified as the float64 noise shows.
     """
-    copy = run(replay(found), samples, batch=batch)
-    for spec, a, b in zip(found.signature.outputs, copy, own, strict=True):
+    for spec, a, b in zip(found.signature.outputs, copy, own, strict=False):
         floating = b.dtype.kind == "f" or b.dtype.name == "bfloat16"
         ulp = float(finfo(b.dtype).eps) if floating else 0.0  # type: ignore[no-untyped-call]
         limit = 64 * ulp + min(1e-2, NOISE_FACTOR * noise * ulp / float(np.finfo(np.float64).eps))
@@ -184,6 +195,14 @@ def exactness(found: Trace, plan: Plan, ref: Reference) -> float:
     return ref.error(run(apply(found, plan, dtype="float64", logits=True).model, ref.samples, batch=ref.batch))
 
 
+def rounding(found: Trace, plan: Plan, ref: Reference, fused: Any = None) -> float:
+    """The error of a plan's model as it runs; ``fused``: that model, where it exists already."""
+    outputs = [] if fused is None else run(fused, ref.samples, batch=ref.batch)
+    if fused is None or any(squashed_outputs(found)):
+        outputs += run(apply(found, plan, logits=True).model, ref.samples, batch=ref.batch)[len(outputs) :]
+    return ref.rounding(outputs)
+
+
 def prove(found: Trace, plan: Plan, fused: Any, ref: Reference) -> Proof:
     """Measure everything about a fused model; nothing is judged here but by `Proof.holds`."""
     double = apply(found, plan, dtype="float64", logits=True).model
@@ -195,8 +214,8 @@ def prove(found: Trace, plan: Plan, fused: Any, ref: Reference) -> Proof:
         exactness_bound=ref.bound,
         exactness_stored=stored,
         noise_f64=ref.noise,
-        float32_original=ref.error(ref.float32, evidence_only=False),
-        float32_fused=ref.error(run(fused, ref.samples, batch=ref.batch), evidence_only=False),
+        float32_original=ref.rounding(ref.float32),
+        float32_fused=rounding(found, plan, ref, fused),
         insensitive=tuple(n for n, counts in zip(ref.names, ref.evidence, strict=True) if not counts),
         samples=len(next(iter(ref.samples.values()))),
     )
