@@ -74,7 +74,6 @@ NETS: Mapping[str, Net] = {
     "MobileNetV3Small": Net("mobilenet_v3", bare=True),
     "MobileNetV3Large": Net("mobilenet_v3", bare=True),
     "ResNet50": Net("resnet", Required(53, 53)),
-    "ResNet101": Net("resnet"),
     "ResNet152": Net("resnet"),
     "ResNet50V2": Net("resnet_v2", Required(49, 48)),
     "DenseNet121": Net("densenet", Required(121, 59)),
