@@ -522,6 +522,7 @@ OPS: Mapping[str, Op] = {
         _of_rank(2, 3, law=_resized(lambda size, o: size + _border(o))),
         _constant_pad,
         {"amount": BORDER, "value": (0.0, 0.75)},
+        layer=False,
     ),
     "UpSampling": Op(
         _of_rank(2, 3, law=_resized(lambda size, o: size * int(o["size"]))), _nd("UpSampling{}D", {}), {"size": (2,)}
