@@ -82,15 +82,17 @@ class Reference:
 
     def error(self, outputs: Arrays) -> float:
         """Largest relative L2 distance to the reference, of the outputs that are evidence."""
-        pairs = zip(outputs, self.outputs, self.evidence, strict=False)
-        return max((distance(a, b) for a, b, counts in pairs if counts), default=math.inf)
+        return self._largest(outputs, self.evidence)
 
     def rounding(self, outputs: Arrays) -> float:
         """The same of outputs in the model's own precision.
 
         A softmax of large logits amplifies rounding to a matter of luck, so what goes into it is compared.
         """
-        pairs = zip(outputs, self.outputs, self.judged, strict=False)
+        return self._largest(outputs, self.judged)
+
+    def _largest(self, outputs: Arrays, counted: Sequence[bool]) -> float:
+        pairs = zip(outputs, self.outputs, counted, strict=False)
         return max((distance(a, b) for a, b, counts in pairs if counts), default=math.inf)
 
 
