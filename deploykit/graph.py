@@ -725,24 +725,30 @@ def replay(
         inputs = tree.map_structure(lambda ref: tensors[found.inputs[ref.index]], found.input_structure)
         finals = [tensors[index] for index in found.outputs]
         if not logits:
-            finals = _named(found, finals)
+            finals = _named(found, finals, dropped)
         outputs = tree.map_structure(lambda ref: finals[ref.index], found.output_structure)
         if logits:
             outputs = [*tree.flatten(outputs), *extra]
         return keras.Model(inputs, outputs, name=found.name, trainable=found.trainable)
 
 
-def _named(found: Trace, outputs: Sequence[Any]) -> list[Any]:
+def _named(found: Trace, outputs: Sequence[Any], dropped: Collection[str]) -> list[Any]:
     """Outputs that Keras calls as it did in the traced model.
 
     An output is called after the layer that makes it. Where that layer was dropped, or was a nested model that
     is inlined now, an Identity of its name stands behind.
     """
-    taken = {node.name for node in found.nodes} | {layer.name for layer in found.input_layers}
-    taken -= set(found.output_names)
+    taken = {node.name for node in found.nodes if node.name not in dropped}
+    taken |= {layer.name for layer in found.input_layers}
+    kept = frozenset(taken)
     results = []
     for output, name in zip(outputs, found.output_names, strict=True):
         if output._keras_history.operation.name != name:
+            if name in kept:
+                raise UnsupportedModelError(
+                    f"output '{name}' would lose its name: a model of that name is called in two ways, and one call "
+                    "stays a layer; give the calls models of their own names"
+                )
             free = _distinct([name], sorted(taken))[0]
             taken.add(free)
             output = L.Identity(name=free, dtype=output.dtype if _is_float(output.dtype) else None)(output)
