@@ -419,11 +419,6 @@ def summary(findings: Sequence[Finding], limit: int = LIMIT) -> list[str]:
     return lines
 
 
-def health_notices(found: Trace, limit: int = LIMIT, steps: int | None = None) -> list[str]:
-    """The health of a trace as notices: `examine` and `summary` in one."""
-    return summary(examine(found, steps), limit)
-
-
 # ------------------------------------------------------------------------------------------ training steps
 
 

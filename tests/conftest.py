@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -23,3 +24,23 @@ def shared_models() -> Path:
     if not folder.is_dir():
         pytest.skip("the folder of real trained models is not beside this checkout")
     return folder
+
+
+@pytest.fixture
+def cli(capfd):
+    """Run the command line in this process: (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        from deploykit.cli import main  # after the environment above is set
+
+        handler = signal.getsignal(signal.SIGTERM)
+        capfd.readouterr()
+        try:
+            with pytest.raises(SystemExit) as ended:
+                main([str(argument) for argument in arguments])
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+        captured = capfd.readouterr()
+        return ended.value.code, captured.out, captured.err
+
+    return run

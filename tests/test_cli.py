@@ -19,30 +19,11 @@ import pytest
 from nets import chain, enliven
 
 from deploykit import graph
-from deploykit.cli import main
 
 L = keras.layers
 ROOT = Path(__file__).resolve().parent.parent
 CNN, SAMPLE = ROOT / "models" / "fashion_cnn.keras", ROOT / "models" / "fashion_sample.npz"
 COMMAND = [sys.executable, "-m", "deploykit.cli"]
-
-
-@pytest.fixture
-def cli(capfd):
-    """Run the command line in this process: (exit code, stdout, stderr)."""
-
-    def run(*arguments):
-        handler = signal.getsignal(signal.SIGTERM)
-        capfd.readouterr()
-        try:
-            with pytest.raises(SystemExit) as ended:
-                main([str(argument) for argument in arguments])
-        finally:
-            signal.signal(signal.SIGTERM, handler)
-        captured = capfd.readouterr()
-        return ended.value.code, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture(scope="session")

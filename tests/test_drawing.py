@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import signal
 import stat
 from itertools import pairwise
 from xml.etree import ElementTree
@@ -14,7 +13,6 @@ import keras
 import pytest
 from nets import chain, enliven
 
-from deploykit.cli import main
 from deploykit.drawing import picture
 from deploykit.errors import InputError, MissingComponentError, OutputError
 from deploykit.fuse import Decision
@@ -292,24 +290,6 @@ def test_the_drawing_shows_hostile_names_sign_by_sign(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------- the command line
-
-
-@pytest.fixture
-def cli(capfd):
-    """Run the command line in this process: (exit code, stdout, stderr)."""
-
-    def run(*arguments):
-        handler = signal.getsignal(signal.SIGTERM)
-        capfd.readouterr()
-        try:
-            with pytest.raises(SystemExit) as ended:
-                main([str(argument) for argument in arguments])
-        finally:
-            signal.signal(signal.SIGTERM, handler)
-        captured = capfd.readouterr()
-        return ended.value.code, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture

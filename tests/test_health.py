@@ -16,7 +16,7 @@ from rich.console import Console
 
 from deploykit import health
 from deploykit.graph import numpy, trace
-from deploykit.health import AMPLIFIES, CODES, ROWS, VANISHES, Finding, examine, health_notices, summary, training_steps
+from deploykit.health import AMPLIFIES, CODES, ROWS, VANISHES, Finding, examine, summary, training_steps
 from deploykit.inspection import inspect_body
 from deploykit.load import load
 from deploykit.report.text import render
@@ -310,12 +310,6 @@ def test_a_few_findings_are_told_in_full_and_many_as_one_line():
     assert line.startswith("40 layers (bn_0, bn_1, bn_2, bn_3, ...): dead channels: gamma is nearly zero")
     assert "(in bn_0: a; b)" in line
     assert len(summary(many(40), limit=40)) == 40
-
-
-def test_notices_are_the_summary_of_an_examination():
-    found = trace(SICK["dead_gamma"][0]())
-    assert health_notices(found, 1) == summary(examine(found)) != []
-    assert health_notices(trace(net()), 1) == []
 
 
 def test_a_finding_has_a_known_code():

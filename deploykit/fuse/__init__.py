@@ -41,7 +41,9 @@ __all__ = ["CODES", "Decision", "Fused", "Plan", "Proof", "Refusal", "fuse"]
 
 CONDITIONING_FACTOR = 3.0
 CONDITIONING_FLOOR_ULP = 4.0
-ROUNDING = 1e-10  # float64 errors below are digits lost to large shifts; a law that is wrong shows above 1e-8
+ROUNDING = (
+    1e-10  # float64 errors below are told as lost digits, above as a wrong law; either way the fold is taken back
+)
 
 
 @dataclass(frozen=True, eq=False)
