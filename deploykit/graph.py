@@ -12,7 +12,7 @@ stands in, so that output names survive.
 
 How Keras keeps a graph (`_keras_history`, `_inbound_nodes`, `Node.arguments`) is known to this file alone;
 they have been the same since Keras 3.0. What cannot be inlined exactly (a nested model that is called
-with a mask, or that converts what it is given) stays one opaque call.
+with a mask, or that converts what it is given) stays one opaque call, and so do its other calls.
 
 Limits: a subclassed model is traced by calling it symbolically; where its `call` does not allow that
 it is refused by name.
@@ -210,9 +210,13 @@ def functional_form(model: Any) -> Any:
 
 
 class _Reader:
-    """Collects the calls of a model and of the models inside it."""
+    """Collects the calls of a model and of the models inside it.
 
-    def __init__(self) -> None:
+    ``whole``: ids of nested models that stay one call; those that reading shows cannot be inlined are added.
+    """
+
+    def __init__(self, whole: Collection[int]) -> None:
+        self.whole = set(whole)
         self.nodes: list[Node] = []
         self.tensors: list[Tensor] = []
         self.names: dict[int, str] = {}
@@ -245,7 +249,9 @@ class _Reader:
             mode = kwargs.get("training")
             mode = training if mode is None else bool(mode)
             inner = _functional(layer)
-            if inner is not None and self.inlines(inner, args, kwargs, numbers):
+            if inner is not None and not self.inlines(inner, args, kwargs, numbers):
+                self.whole.add(id(layer))
+            if inner is not None and id(layer) not in self.whole:
                 given = {id(x): numbers[id(y)] for x, y in zip(inner.inputs, tree.flatten(args[0]), strict=True)}
                 results = self.read(inner, given, mode, f"{path}{layer.name}/")
             else:
@@ -287,19 +293,29 @@ class _Reader:
         return results
 
 
-def _needed(
+def _ordered(
     nodes: Sequence[Node], tensors: Sequence[Tensor], outputs: Sequence[int]
 ) -> tuple[tuple[Node, ...], tuple[Tensor, ...]]:
-    """The calls that some output needs, numbered anew: of a nested model not every output may be used."""
-    wanted = set(outputs)
-    for node in reversed(nodes):  # in running order, so that what reads a tensor comes before what makes it
-        if wanted.intersection(node.outputs):
-            wanted.update(node.inputs)
-    kept = [node for node in nodes if wanted.intersection(node.outputs)]
-    numbers = {node.index: number for number, node in enumerate(kept)}
-    renumbered = tuple(replace(node, index=numbers[node.index]) for node in kept)
-    made = (None if tensor.producer is None else numbers.get(tensor.producer) for tensor in tensors)
-    return renumbered, tuple(replace(tensor, producer=maker) for tensor, maker in zip(tensors, made, strict=True))
+    """The calls that some output needs, numbered anew in the order of a walk from the outputs, arguments first.
+
+    Of a nested model not every output may be used. The order of the walk is that of the flat graph, so that a model
+    and its copy without nested models are read the same way.
+    """
+    order: dict[int, int] = {}
+    entered: set[int] = set()
+    waiting = [tensors[index].producer for index in reversed(outputs)]
+    while waiting:
+        maker = waiting.pop()
+        if maker is None or maker in order:
+            continue
+        if maker in entered:
+            order[maker] = len(order)
+        else:
+            entered.add(maker)
+            waiting += [maker, *(tensors[index].producer for index in reversed(nodes[maker].inputs))]
+    ordered = tuple(replace(nodes[old], index=new) for old, new in order.items())
+    made = (None if tensor.producer is None else order.get(tensor.producer) for tensor in tensors)
+    return ordered, tuple(replace(tensor, producer=maker) for tensor, maker in zip(tensors, made, strict=True))
 
 
 def trace(model: Any) -> Trace:
@@ -308,19 +324,25 @@ def trace(model: Any) -> Trace:
     Raises UnsupportedModelError for a model without known inputs or whose graph cannot be read.
     """
     functional = functional_form(model)
-    reader = _Reader()
-    numbers = {id(symbol): reader.tensor(symbol, None) for symbol in functional.inputs}
-    inputs = tuple(numbers.values())
     input_layers = tuple(symbol._keras_history.operation for symbol in functional.inputs)
-    for layer in (*input_layers, *functional.operations):  # names of the outermost level are never changed
-        if _functional(layer) is None:
-            reader.names[id(layer)] = layer.name
-            reader.taken.add(layer.name)
-    with deep_recursion(len(functional.operations)):
-        outputs = tuple(reader.read(functional, numbers, False, ""))
+    output_names = tuple(symbol._keras_history.operation.name for symbol in functional.outputs)
+    known: set[int] | None = None
+    whole: set[int] = set()
+    while known != whole:  # a model of which one call cannot be inlined stays whole in all: they share its layers
+        known = whole
+        reader = _Reader(whole)
+        numbers = {id(symbol): reader.tensor(symbol, None) for symbol in functional.inputs}
+        inputs = tuple(numbers.values())
+        for layer in (*input_layers, *functional.operations):  # names of the outermost level are never changed
+            if _functional(layer) is None or layer.name in output_names:
+                reader.names[id(layer)] = layer.name
+                reader.taken.add(layer.name)
+        with deep_recursion(len(functional.operations)):
+            outputs = tuple(reader.read(functional, numbers, False, ""))
+        whole = reader.whole
     position = {id(symbol): index for index, symbol in enumerate(functional.inputs)}
     counter = iter(range(len(outputs)))
-    nodes, tensors = _needed(reader.nodes, reader.tensors, outputs)
+    nodes, tensors = _ordered(reader.nodes, reader.tensors, outputs)
     found = Trace(
         name=model.name,
         nodes=nodes,
@@ -331,7 +353,7 @@ def trace(model: Any) -> Trace:
         output_structure=tree.map_structure(lambda symbol: Ref(next(counter)), functional.output),
         signature=Signature((), ()),
         input_layers=input_layers,
-        output_names=tuple(symbol._keras_history.operation.name for symbol in functional.outputs),
+        output_names=output_names,
         trainable=model.trainable,
         renamed=dict(reader.renamed),
     )
@@ -740,15 +762,9 @@ def _named(found: Trace, outputs: Sequence[Any], dropped: Collection[str]) -> li
     """
     taken = {node.name for node in found.nodes if node.name not in dropped}
     taken |= {layer.name for layer in found.input_layers}
-    kept = frozenset(taken)
     results = []
     for output, name in zip(outputs, found.output_names, strict=True):
         if output._keras_history.operation.name != name:
-            if name in kept:
-                raise UnsupportedModelError(
-                    f"output '{name}' would lose its name: a model of that name is called in two ways, and one call "
-                    "stays a layer; give the calls models of their own names"
-                )
             free = _distinct([name], sorted(taken))[0]
             taken.add(free)
             output = L.Identity(name=free, dtype=output.dtype if _is_float(output.dtype) else None)(output)

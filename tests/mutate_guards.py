@@ -1145,15 +1145,15 @@ PROVING = (
     row(
         "conditioning",
         INIT,
-        "if proof.float32_fused > limit and plan.changed:",
+        "if proof.rounding > limit and plan.changed:",
         "if False:",
         PROOF + "test_a_fold_that_would_cost_accuracy_is_kept",
     ),
     row(
         "conditioning blames a fold",
         INIT,
-        "if proof.float32_fused > limit and plan.changed:",
-        "if proof.float32_fused > limit:",
+        "if proof.rounding > limit and plan.changed:",
+        "if proof.rounding > limit:",
         MORE + "test_a_model_of_which_nothing_was_fused_is_not_called_worse",
     ),
     row(

@@ -724,7 +724,7 @@ def test_a_rebuilt_model_that_differs_with_nothing_fused_is_an_error(monkeypatch
 
 
 def test_a_model_of_which_nothing_was_fused_is_not_called_worse(monkeypatch):
-    monkeypatch.setattr(fusing, "_float32_limit", lambda ref: -1.0)
+    monkeypatch.setattr(fusing, "_rounding_limit", lambda ref: -1.0)
     model = chain((4,), L.Dense(3))
     assert fuse(model, samples=inputs_for(model)).decisions == ()
 

@@ -6,13 +6,13 @@
                        by backward error analysis (Higham, Accuracy and Stability, ch. 3) that is what
                        summing in another order amounts to, so it is what exact algebra may differ by
     exactness_stored   the fused weights as the file has them, evaluated in float64
-    float32_*          both models as they run, against the float64 original: what the rounding costs, compared in
-                       front of a final softmax or the like instead of behind it
+    float32_*          both models as they run, against the float64 original
 
-Every output counts, and besides it what goes into a final softmax, sigmoid or the like, because those
-hide differences. An output that hardly varies from sample to sample (spread below 1e-6 of its size)
-is listed as insensitive and is no evidence; without any evidence there is no proof. The two float64
-models never live at the same time.
+The last two say what rounding costs; they are compared in front of a final softmax or the like instead of behind it,
+where large logits would make them a matter of luck. For exactness every output counts, and besides it what goes into
+a final softmax, sigmoid or the like, because those hide differences. An output that hardly varies from sample to
+sample (spread below 1e-6 of its size) is listed as insensitive and is no evidence; without any evidence there is no
+proof. The two float64 models never live at the same time.
 
 All of this is about copies of the model's layers, made from their configs; a copy that does not answer like the model
 itself in its own precision ends the proof.
@@ -62,6 +62,11 @@ class Proof:
     def holds(self) -> bool:
         return self.exactness_f64 <= self.exactness_bound
 
+    @property
+    def rounding(self) -> float:
+        """What being fused costs in the model's own precision: in its weights alone, or as it runs."""
+        return max(self.exactness_stored, self.float32_fused)
+
 
 @dataclass(frozen=True, eq=False)
 class Reference:
@@ -85,10 +90,7 @@ class Reference:
         return self._largest(outputs, self.evidence)
 
     def rounding(self, outputs: Arrays) -> float:
-        """The same of outputs in the model's own precision.
-
-        A softmax of large logits amplifies rounding to a matter of luck, so what goes into it is compared.
-        """
+        """The same of outputs that rounding made, in front of a final softmax or the like."""
         return self._largest(outputs, self.judged)
 
     def _largest(self, outputs: Arrays, counted: Sequence[bool]) -> float:
@@ -197,7 +199,13 @@ def exactness(found: Trace, plan: Plan, ref: Reference) -> float:
     return ref.error(run(apply(found, plan, dtype="float64", logits=True).model, ref.samples, batch=ref.batch))
 
 
-def rounding(found: Trace, plan: Plan, ref: Reference, fused: Any = None) -> float:
+def _stored(double: Any, found: Trace, plan: Plan, ref: Reference) -> float:
+    """The error of a plan's weights as a file has them; ``double`` is the plan's model in float64, and is spent."""
+    round_weights(double, found, plan)
+    return ref.rounding(run(double, ref.samples, batch=ref.batch))
+
+
+def _running(found: Trace, plan: Plan, ref: Reference, fused: Any = None) -> float:
     """The error of a plan's model as it runs; ``fused``: that model, where it exists already."""
     outputs = [] if fused is None else run(fused, ref.samples, batch=ref.batch)
     if fused is None or any(squashed_outputs(found)):
@@ -205,19 +213,23 @@ def rounding(found: Trace, plan: Plan, ref: Reference, fused: Any = None) -> flo
     return ref.rounding(outputs)
 
 
+def rounding(found: Trace, plan: Plan, ref: Reference) -> float:
+    """`Proof.rounding` of a plan on trial."""
+    double = apply(found, plan, dtype="float64", logits=True).model
+    return max(_stored(double, found, plan, ref), _running(found, plan, ref))
+
+
 def prove(found: Trace, plan: Plan, fused: Any, ref: Reference) -> Proof:
     """Measure everything about a fused model; nothing is judged here but by `Proof.holds`."""
     double = apply(found, plan, dtype="float64", logits=True).model
     exact = ref.error(run(double, ref.samples, batch=ref.batch))
-    round_weights(double, found, plan)
-    stored = ref.error(run(double, ref.samples, batch=ref.batch))
     return Proof(
         exactness_f64=exact,
         exactness_bound=ref.bound,
-        exactness_stored=stored,
+        exactness_stored=_stored(double, found, plan, ref),
         noise_f64=ref.noise,
         float32_original=ref.rounding(ref.float32),
-        float32_fused=rounding(found, plan, ref, fused),
+        float32_fused=_running(found, plan, ref, fused),
         insensitive=tuple(n for n, counts in zip(ref.names, ref.evidence, strict=True) if not counts),
         samples=len(next(iter(ref.samples.values()))),
     )
