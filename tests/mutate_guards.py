@@ -1145,16 +1145,30 @@ PROVING = (
     row(
         "conditioning",
         INIT,
-        "if proof.rounding > limit and plan.changed:",
+        "if rounding > allowed:",
         "if False:",
         PROOF + "test_a_fold_that_would_cost_accuracy_is_kept",
     ),
     row(
         "conditioning blames a fold",
         INIT,
-        "if proof.rounding > limit and plan.changed:",
-        "if proof.rounding > limit:",
+        "if not suspects:",
+        "if False:",
         MORE + "test_a_model_of_which_nothing_was_fused_is_not_called_worse",
+    ),
+    row(
+        "what was reduced for its digits stays reduced",
+        INIT,
+        "(plan.changed & job.shifts, limit / 2)",
+        "(plan.changed & job.shifts, limit)",
+        PROOF + "test_what_was_reduced_for_its_digits_stays_when_fused_again",
+    ),
+    row(
+        "rounding in the stored weights",
+        PROVE,
+        "return max(self.exactness_stored, self.float32_fused)",
+        "return self.float32_fused",
+        PROOF + "test_rounding_counts_in_the_stored_weights_and_as_the_model_runs",
     ),
     row(
         "what fails together is at fault together",
@@ -1249,6 +1263,28 @@ BUILDING = (
         "len(tensor.shape) == len(x.shape) and tensor.dtype == x.dtype",
         "len(tensor.shape) == len(x.shape)",
         GRAPH + "test_a_nested_model_that_converts_its_input_stays_whole",
+    ),
+    row(
+        "all calls of a model that stays whole",
+        "graph.py",
+        "if inner is not None and id(layer) not in self.whole:",
+        "if inner is not None and self.inlines(inner, args, kwargs, numbers):",
+        GRAPH + "test_a_model_of_which_one_call_stays_whole_stays_whole_in_all",
+    ),
+    row(
+        "the name of an output is taken",
+        "graph.py",
+        "if _functional(layer) is None or layer.name in output_names:",
+        "if _functional(layer) is None:",
+        GRAPH + "test_an_inner_layer_does_not_take_the_name_of_an_output",
+    ),
+    row(
+        "the order of calls is that of the flat graph",
+        "graph.py",
+        "ordered = tuple(replace(nodes[old], index=new) for old, new in order.items())",
+        "order = {old: new for new, old in enumerate(sorted(order))}\n"
+        "    ordered = tuple(replace(nodes[old], index=new) for old, new in order.items())",
+        GRAPH + "test_a_copy_of_a_copy_has_the_same_config",
     ),
     row(
         "a nested model in training mode",

@@ -132,6 +132,51 @@ def test_a_nested_model_that_converts_its_input_stays_whole():
     assert [type(node.layer).__name__ for node in found.nodes] == ["Sequential"]
 
 
+def shared_encoder():
+    """A model that is called with a mask, which it keeps as one call, and without one."""
+    encoder = keras.Model(a := keras.Input((9, 4)), L.Dense(4, name="d")(a), name="encoder")
+    tokens = keras.Input((9,), dtype="int32", name="tokens")
+    masked = encoder(L.Embedding(5, 4, mask_zero=True)(tokens))
+    return keras.Model(tokens, encoder(masked))  # a functional model hands no mask on
+
+
+@pytest.mark.filterwarnings("ignore:.*does not support masking")
+def test_a_model_of_which_one_call_stays_whole_stays_whole_in_all():
+    model = shared_encoder()
+    calls = [node for node in graph.trace(model).nodes if node.name == "encoder"]
+    assert len(calls) == 2
+    copy = graph.canonical(model)
+    assert copy.count_params() == model.count_params()  # the calls still share their weights
+    assert copy.output_names == model.output_names == ["encoder"]
+
+
+def test_an_inner_layer_does_not_take_the_name_of_an_output():
+    inner = keras.Sequential([keras.Input((5,)), L.Dense(4, name="head"), L.ReLU(name="end")], name="head")
+    x = keras.Input((5,), name="x")
+    model = keras.Model(x, inner(x))
+    copy = graph.canonical(model)
+    assert copy.output_names == model.output_names == ["head"]
+    assert graph.trace(model).renamed == {"head/head": "head.head"}
+
+
+def call_order_of_nested_outputs():
+    """Inside the model its second output is made first; the outer graph asks for another order."""
+    a = keras.Input((5,), name="a")
+    layer = L.Dense(5, name="d")
+    inner = keras.Model(a, [layer(a), a], name="inner")
+    x = keras.Input((5,), name="x")
+    one, same = inner(x)
+    two, _ = inner(same)
+    return keras.Model(x, L.Subtract()([two, one]))
+
+
+@pytest.mark.filterwarnings("ignore:.*does not support masking")
+@pytest.mark.parametrize("make", [nested, shared_encoder, call_order_of_nested_outputs])
+def test_a_copy_of_a_copy_has_the_same_config(make):
+    once = graph.canonical(make())
+    assert graph.canonical(once).get_config() == once.get_config()
+
+
 def test_logits_are_seen_in_front_of_a_softmax():
     model = enliven(functional())
     double = graph.replay(graph.trace(model), dtype="float64", logits=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import keras
 import numpy as np
@@ -13,6 +14,7 @@ from deploykit import graph
 from deploykit.errors import ProofError, UnsupportedModelError
 from deploykit.fuse import blame, conduits, fuse, proof, sinks
 
+fusing = sys.modules["deploykit.fuse"]  # the package; its name in deploykit is the function's
 L = keras.layers
 BN = L.BatchNormalization
 
@@ -117,6 +119,26 @@ def test_a_fold_that_would_cost_accuracy_is_kept():
 def test_the_same_fold_goes_when_it_costs_nothing():
     x = np.random.default_rng(0).normal(0, 1, (16, 8)).astype(np.float32)
     assert codes(fuse(far_from_zero(0.3), samples={"x": x})) == {"norm": "folded"}
+
+
+def test_what_was_reduced_for_its_digits_stays_when_fused_again(monkeypatch):
+    """The limit follows the own error of the model given, and that of the reduced model is another."""
+    norm = L.Normalization(mean=[30.0] * 8, variance=[4.0] * 8, name="norm")
+    model = keras.Sequential([keras.Input((8,), name="x"), norm, L.Dense(4, activation="tanh"), L.Dense(3)])
+    samples = {"x": (30 + np.random.default_rng(0).normal(0, 2, (16, 8))).astype(np.float32)}
+    monkeypatch.setattr(fusing, "_rounding_limit", lambda ref: np.inf)
+    cost = fuse(model, samples=samples).proof.rounding
+    monkeypatch.setattr(fusing, "_rounding_limit", lambda ref: 0.9 * cost)
+    once = fuse(model, samples=samples)
+    assert [(d.outcome, d.code) for d in once.decisions] == [("reduced", "conditioning")]
+    monkeypatch.setattr(fusing, "_rounding_limit", lambda ref: 1.3 * cost)
+    assert codes(fuse(once.model, samples=samples)) == {"norm": "conditioning"}
+    assert codes(fuse(model, samples=samples)) == {"norm": "folded"}
+
+
+def test_rounding_counts_in_the_stored_weights_and_as_the_model_runs():
+    one = proof.Proof(0.0, 1e-12, 3e-7, 0.0, 1e-7, 2e-7, (), 16)
+    assert (one.rounding, replace(one, float32_fused=4e-7).rounding) == (3e-7, 4e-7)
 
 
 # --------------------------------------------------------------------------------------- what is no evidence
