@@ -45,6 +45,7 @@ def one(seed: int) -> dict[str, Any]:
         "reduced": found.reduced,
         "kept": found.kept,
         "exactness": found.exactness,
+        "reconsidered": found.reconsidered,
         "seconds": round(time.perf_counter() - begin, 3),
         "failure": found.failure,
     }
@@ -80,6 +81,7 @@ def summary(lines: list[dict[str, Any]]) -> str:
             f"nets        {len(lines)}, failures {failures}",
             f"layers      {min(layers)} to {max(layers)}, median {statistics.median(layers):g}",
             f"sources     {total['sources']}: fused {total['fused']}, reduced {total['reduced']}, kept {total['kept']}",
+            f"again       {sum(line['reconsidered'] for line in lines)} nets lost a source that had cost digits",
             f"exactness   {'unknown' if worst is None else f'{worst:.2g}'} at worst",
             f"seconds     {statistics.median(seconds):.2f} per net (median), {max(seconds):.2f} at most",
         ]

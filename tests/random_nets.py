@@ -22,7 +22,9 @@ the size of what comes in, and BatchNormalization gets statistics that fit what 
 near one at any depth, every branch of an activation is taken, and outputs depend on inputs.
 
 `failure` is the property: fuse does not raise, is exact, does nothing the second time, leaves the source model
-alone, and plain Keras (`benchmarks/reprove.py`) agrees.
+alone, and plain Keras (`benchmarks/reprove.py`) agrees. Whether a fold costs too many digits is judged against the own
+rounding error of the model given, and a fused model has another than its source: a source that was refused for that
+reason may go when the model is fused again. Such nets are counted (`Outcome.reconsidered`).
 
 Limits: float32 models on channels_last tensors with known sizes, rank at most 4 with the batch.
 """
@@ -1045,6 +1047,7 @@ class Outcome:
     reduced: int = 0
     kept: int = 0
     exactness: float | None = None
+    reconsidered: bool = False  # fused again, the net loses a source that had cost too many digits before
 
     @property
     def sources(self) -> int:
@@ -1098,11 +1101,14 @@ def _moved(fused: Fused) -> list[str]:
     return [decision.layer for decision in fused.decisions if decision.outcome != "kept"]
 
 
+def _costly(fused: Fused) -> list[str]:
+    """What was kept for the digits that it would cost: a judgement about the model given, not algebra."""
+    return [decision.layer for decision in fused.decisions if decision.code == "conditioning"]
+
+
 def _again(fused: Fused, samples: Mapping[str, Array]) -> str | None:
-    """Fusing what is fused changes nothing."""
-    second = fuse(fused.model, samples=samples, prove=False)
-    if _moved(second):  # a fold that was refused for the digits it costs is refused by the proof alone
-        second = fuse(fused.model, samples=samples)
+    """Fusing what is fused changes nothing, as long as what cost too many digits is not asked about again."""
+    second = fuse(fused.model, samples=samples, keep=_costly(fused), prove=False)
     if _moved(second):
         return f"not idempotent: fused again: {', '.join(_moved(second))}"
     first = [graph.numpy(variable) for variable in fused.model.weights]
@@ -1170,9 +1176,10 @@ def measure(program: Program, built: Built | None = None, *, reprove: bool = Tru
         exactness = fused.proof.exactness_f64 if fused.proof else None
         try:
             failure = _violation(built, fused, before, outputs, reprove)
+            reconsidered = bool(_costly(fused) and _moved(fuse(fused.model, samples=built.samples)))
         except Exception as error:  # fusing again, writing and loading must not raise either
-            failure = f"afterwards raised {type(error).__name__}: {error}"
-        return Outcome(failure, layers, **counts, exactness=exactness)
+            failure, reconsidered = f"afterwards raised {type(error).__name__}: {error}", False
+        return Outcome(failure, layers, **counts, exactness=exactness, reconsidered=reconsidered)
 
 
 def failure(program: Program, *, reprove: bool = True) -> str | None:
