@@ -46,7 +46,9 @@ app = typer.Typer(
     epilog="Exit codes: 0 done and proven, 1 a proof or check failed, 2 bad usage or input, 130 interrupted.",
 )
 
-Model = Annotated[Path, typer.Argument(help="A trained Keras model: .keras or HDF5.", show_default=False)]
+Model = Annotated[
+    Path, typer.Argument(help="A trained Keras model: .keras, HDF5, a SavedModel folder or JSON.", show_default=False)
+]
 Out = Annotated[Path | None, typer.Option("-o", "--output", help="Where to write.", show_default=False)]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
 Json = Annotated[str | None, typer.Option("--json", metavar="PATH|-", help="Write the machine report; - is stdout.")]
@@ -367,6 +369,74 @@ def fuse(
             outputs_written=written,
         )
         _finish(terminal, report)
+
+
+@app.command()
+def migrate(
+    old: Annotated[
+        Path,
+        typer.Argument(help="A model of any Keras: HDF5, .keras, a SavedModel folder, JSON.", show_default=False),
+    ],
+    output: Out = None,
+    unproven: Annotated[
+        bool, typer.Option("--unproven", help="Write it even where nothing can be proven; never if it is wrong.")
+    ] = False,
+    data: Data = None,
+    samples: Samples = None,
+    image_size: ImageSize = None,
+    scale: Scale = None,
+    custom_objects: Custom = None,
+    weights: Weights = None,
+    allow_code: AllowCode = False,
+    allow_nonfinite: Annotated[bool, typer.Option("--allow-nonfinite", help="Accept NaN and Inf in weights.")] = False,
+    seed: Seed = 0,
+    force: Force = False,
+    json: Json = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write an old model as OLD.migrated.keras for Keras 3, proven by the Keras that it was made for."""
+    with _terminal(json, quiet, verbose, force, [old, weights, data, output]) as terminal:
+        from deploykit.files import claim
+
+        target = output or old.with_suffix(".migrated.keras")
+        claim(target, force=force, inputs=(old, weights, data))
+        terminal.progress("loading")
+        from deploykit.deploy import Clock
+        from deploykit.migrate import Migrated, NotProvenError
+        from deploykit.migrate import migrate as run
+
+        clock = Clock()
+        loaded = _load(old, custom_objects, weights, allow_code, allow_nonfinite=allow_nonfinite)
+        clock.lap("load")
+        options = _data(data, samples, image_size, scale, seed)
+
+        def report(found: Migrated) -> Report:
+            return _report(
+                "migrate",
+                clock,
+                found.to_json(loaded),
+                model=str(old),
+                proven=found.proven,
+                reason=found.reason,
+                notices=[*loaded.notices, *found.notices],
+                outputs_written=[str(found.path)] if found.path else [],
+            )
+
+        try:
+            found = run(
+                loaded,
+                target,
+                weights=weights,
+                data=options,
+                unproven=unproven,
+                force=force,
+                progress=terminal.progress,
+                clock=clock,
+            )
+        except NotProvenError as error:
+            _fail_after_report(terminal, report(error.found), str(error))
+        _finish(terminal, report(found))
 
 
 @app.command()

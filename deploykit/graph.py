@@ -10,9 +10,10 @@ calls. Layers themselves are not copied and not touched; a trace is a descriptio
 node's call returns its input; where its output is an output of the model, an Identity of its name
 stands in, so that output names survive.
 
-How Keras keeps a graph (`_keras_history`, `_inbound_nodes`, `Node.arguments`) is known to this file alone;
-they have been the same since Keras 3.0. What cannot be inlined exactly (a nested model that is called
-with a mask, or that converts what it is given) stays one opaque call, and so do its other calls.
+How Keras keeps a graph (`_keras_history`, `_inbound_nodes`, `Node.arguments`) is known to this file alone (and, to
+name the operations that it makes, to `load.legacy.operations`); it has been the same since Keras 3.0. What cannot be
+inlined exactly (a nested model that is called with a mask, or that converts what it is given) stays one opaque call,
+and so do its other calls.
 
 Limits: a subclassed model is traced by calling it symbolically; where its `call` does not allow that
 it is refused by name.

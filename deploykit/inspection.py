@@ -45,6 +45,7 @@ def source_json(loaded: Loaded) -> dict[str, Any]:
         "bytes": loaded.bytes,
         "sha256": loaded.sha256,
         "saved_by": loaded.saved_by,
+        "generation": loaded.generation,
         "backend": loaded.backend,
         "training_config_found": loaded.training_config_found,
     }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -15,6 +17,12 @@ ROOT = Path(__file__).resolve().parent.parent
 def test_the_table_of_codes_is_the_table_in_the_code():
     rows = re.findall(r"^\| `(\w+)` \| (.+) \|$", (ROOT / "docs" / "decisions.md").read_text(), re.M)
     assert dict(rows) == CODES
+
+
+def test_what_loads_is_what_the_tables_say():
+    script = [sys.executable, str(ROOT / "benchmarks" / "compatibility.py"), "--check"]
+    done = subprocess.run(script, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-500:]
 
 
 def test_the_changelog_knows_this_version():

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "deploykit"
 # Highest first; modules of one row may import each other.
 ORDER = [
     {"cli"},
-    {"deploy", "drawing", "inspection"},
+    {"deploy", "drawing", "inspection", "migrate"},
     {"check", "bench", "bundle"},
     {"fuse", "export", "load", "runtimes", "archive", "health"},
     {"graph", "channels"},

@@ -1,9 +1,10 @@
 """A model file in, a ``keras.Model`` out; nothing that came with the file runs on the way.
 
 Four steps: look at the bytes to find the reader (a name's extension proves nothing), let the reader take
-out the model's description without Keras, judge that description (``safety``), and only then let Keras
-build the model. A generation of files is one module with ``recognises``, ``peek`` and ``build``, and one
-row of ``READERS``.
+out the model's description without Keras, judge that description (``safety``), and only then build the
+model. A format of files is one module with ``recognises``, ``peek``, ``build`` and ``fill``, and one row of
+``READERS``. What Keras 3 saved is handed to Keras (``build``); a description of an older Keras is translated
+(``legacy``), and the model that is made of it filled with the file's weights (``fill``).
 
 Whatever Keras makes of a broken file leaves here as one line; what it says on the way becomes notices; and
 the process is left as it was (``state``).
@@ -22,8 +23,8 @@ import keras
 
 from deploykit.errors import CustomObjectError, DeploykitError, LoadError, UnsafeModelError, UnsupportedModelError
 from deploykit.files import sha256
-from deploykit.load import hdf5, keras3, state
-from deploykit.load.contents import Contents, named
+from deploykit.load import description, hdf5, keras3, legacy, savedmodel, state
+from deploykit.load.contents import Contents, named, text_of
 from deploykit.load.custom import custom_objects as import_objects
 from deploykit.load.health import nonfinite_weights, refuse_rewriting
 from deploykit.load.safety import Findings, examine
@@ -33,17 +34,20 @@ __all__ = ["READERS", "Loaded", "Reader", "load", "nonfinite_weights", "refuse_r
 
 @dataclass(frozen=True)
 class Reader:
-    """One format: how it is recognised, what it says about itself, how Keras builds it."""
+    """One format: how it is recognised, what it says about itself, how a model of each generation comes out of it."""
 
     format: str
     recognises: Callable[[Path], bool]
     peek: Callable[[Path], Contents]
-    build: Callable[[Path, Mapping[str, Any], bool], keras.Model]
+    build: Callable[[Path, Mapping[str, Any], bool], keras.Model] | None  # of Keras 3
+    fill: Callable[[Path, keras.Model, Contents], list[str]]  # the weights of older ones; returns notices
 
 
 READERS = (
-    Reader("keras3", keras3.recognises, keras3.peek, keras3.build),
-    Reader("hdf5", hdf5.recognises, hdf5.peek, hdf5.build),
+    Reader("keras", keras3.recognises, keras3.peek, keras3.build, keras3.fill),
+    Reader("hdf5", hdf5.recognises, hdf5.peek, hdf5.build, hdf5.fill),
+    Reader("savedmodel", savedmodel.recognises, savedmodel.peek, None, savedmodel.fill),
+    Reader("json", description.recognises, description.peek, description.build, description.fill),
 )
 
 
@@ -52,9 +56,10 @@ class Loaded:
     """A model and where it came from.
 
     ``saved_by`` is the Keras version that the file records, ``backend`` the backend, None where it does
-    not say. ``custom_objects`` are the user's objects by name: later steps that rebuild layers from
-    their config do so within ``loaded.scope()``. ``options`` are the arguments of `load` that another
-    process needs to load a copy of the model.
+    not say; ``generation`` its major version, assumed from the format where no version is recorded.
+    ``custom_objects`` are the user's objects by name: later steps that rebuild layers from their config do
+    so within ``loaded.scope()``. ``options`` are the arguments of `load` that another process needs to load
+    a copy of the model.
     """
 
     model: keras.Model
@@ -63,6 +68,7 @@ class Loaded:
     format: str
     bytes: int
     saved_by: str | None
+    generation: int
     backend: str | None
     training_config_found: bool
     notices: tuple[str, ...]
@@ -97,28 +103,38 @@ def load(
     path = Path(path)
     reader = _reader(path)
     contents = reader.peek(path)
+    if reader.format == "json" and weights is None:
+        raise description.without_weights(path)
     notices = list(contents.notices)
     with state.undisturbed():
         with state.collected(notices):
             given = {**keras.saving.get_custom_objects(), **import_objects(custom_objects)}
-            findings = examine(contents.config, given, str(path))
+            config = contents.config
+            if contents.is_legacy:
+                translated = legacy.translate(config, what=str(path), given=given)
+                config = translated.model
+            findings = examine(config, given, str(path))
+        if contents.is_legacy:
+            notices += translated.notices
         notices += _judged(findings, contents, path, allow_code)
         objects = {**given, **findings.renamed}
         with state.collected(notices), state.safe_mode(not allow_code), state.room_for(findings.parts):
-            model = _built(reader, path, contents, objects, not allow_code)
+            model, said = _built(reader, path, contents, config, objects, not allow_code)
+            notices += said
             if weights is not None:
-                _fill(model, Path(weights))
-                notices.append(f"weights filled from {weights} (sha256 {sha256(weights)})")
+                notices += _fill(model, Path(weights))
+                notices.append(f"weights filled from {weights} (sha256 {_fingerprint(Path(weights))})")
     if not allow_nonfinite and (bad := nonfinite_weights(model)):
         more = f" and {len(bad) - 1} more weights" if len(bad) > 1 else ""
         raise LoadError(f"{path}: {bad[0]}{more}; the training diverged, go back to an earlier checkpoint")
     return Loaded(
         model=model,
         path=path,
-        sha256=sha256(path),
+        sha256=_fingerprint(path),
         format=reader.format,
-        bytes=path.stat().st_size,
+        bytes=savedmodel.size_bytes(path) if path.is_dir() else path.stat().st_size,
         saved_by=contents.saved_by,
+        generation=contents.generation,
         backend=contents.backend,
         training_config_found=contents.training_config_found,
         notices=tuple(notices),
@@ -127,13 +143,19 @@ def load(
     )
 
 
+def _fingerprint(path: Path) -> str:
+    return savedmodel.sha256(path) if path.is_dir() else sha256(path)
+
+
 def _reader(path: Path) -> Reader:
     """The reader for the bytes at ``path``. Raises LoadError or UnsupportedModelError."""
     try:
-        if path.is_dir():
-            raise _folder(path)
         if not path.exists():
             raise LoadError(f"there is no file {path}; check the path")
+        if path.is_dir():
+            if savedmodel.recognises(path):
+                return next(reader for reader in READERS if reader.format == "savedmodel")
+            raise _folder(path)
         if not path.is_file():
             raise LoadError(f"{path} is no regular file; pass a .keras or HDF5 file")
         if path.stat().st_size == 0:
@@ -143,14 +165,13 @@ def _reader(path: Path) -> Reader:
                 return reader
     except (OSError, ValueError) as error:
         raise LoadError(f"cannot read {path} ({_cause(error)}); check the path and its permissions") from error
-    raise LoadError(f"{path} is neither a .keras archive nor an HDF5 file; pass a model written by model.save()")
+    raise LoadError(
+        f"{path} is neither a .keras archive nor an HDF5 file nor a JSON description; "
+        "pass a model written by model.save()"
+    )
 
 
 def _folder(path: Path) -> DeploykitError:
-    if (path / "saved_model.pb").exists():
-        return UnsupportedModelError(
-            f"{path} is a TensorFlow SavedModel folder, which is not supported yet; pass a .keras or HDF5 file"
-        )
     if (path / keras3.CONFIG).exists():
         return UnsupportedModelError(
             f"{path} is an unpacked .keras folder, which is not supported; save the model with model.save('x.keras')"
@@ -168,10 +189,10 @@ def _judged(findings: Findings, contents: Contents, path: Path, allow_code: bool
         )
     if findings.missing:
         names = ", ".join(findings.missing)
-        if (origin := _other_generation(contents)) is not None:
+        if (newer := _newer(contents)) is not None:
             raise UnsupportedModelError(
-                f"{path} was saved by {origin} and needs what Keras {keras.__version__} does not have: {names}; "
-                "that generation is not supported yet, or give your own classes with --custom-objects"
+                f"{path} was saved by {newer} and needs what Keras {keras.__version__} does not have: {names}; "
+                "update Keras, or give your own classes with --custom-objects"
             )
         raise CustomObjectError(
             f"{path} needs classes or functions that were not given: {names}; "
@@ -180,30 +201,42 @@ def _judged(findings: Findings, contents: Contents, path: Path, allow_code: bool
     return [f"code from the file was allowed to run: {found}" for found in findings.code]
 
 
-def _other_generation(contents: Contents) -> str | None:
-    """The Keras that saved the file, when it is an older generation or newer than the one installed."""
-    if contents.saved_by is None or contents.generation is None:
-        return None
-    if contents.generation < 3:
-        return f"Keras {contents.saved_by}"
-    newer = [int(p) for p in contents.saved_by.split(".")[:2] if p.isdigit()]
-    return f"the newer Keras {contents.saved_by}" if newer > list(map(int, keras.__version__.split(".")[:2])) else None
+def _newer(contents: Contents) -> str | None:
+    """The Keras that saved the file, when it is newer than the one installed."""
+    said = [int(part) for part in (contents.saved_by or "").split(".")[:2] if part.isdigit()]
+    return f"the newer Keras {contents.saved_by}" if said > list(map(int, keras.__version__.split(".")[:2])) else None
 
 
-def _built(reader: Reader, path: Path, contents: Contents, objects: Mapping[str, Any], safe_mode: bool) -> keras.Model:
+def _built(
+    reader: Reader,
+    path: Path,
+    contents: Contents,
+    config: Mapping[str, Any],
+    objects: Mapping[str, Any],
+    safe_mode: bool,
+) -> tuple[keras.Model, list[str]]:
+    """The model with its weights, and notices."""
     try:
-        model = reader.build(path, objects, safe_mode)
+        if contents.is_legacy or reader.build is None:
+            model = legacy.build(config, objects, what=str(path), safe_mode=safe_mode)
+            return _usable(model, path), reader.fill(path, model, contents)
+        return _usable(reader.build(path, objects, safe_mode), path), []
+    except DeploykitError:
+        raise
     except Exception as error:  # a broken file fails anywhere in Keras, h5py or TensorFlow
         if _lacks_input_shape(contents.config):
             raise _without_input_shape(path) from error
-        if (origin := _other_generation(contents)) is not None:
+        if (newer := _newer(contents)) is not None:
             raise UnsupportedModelError(
-                f"{path} was saved by {origin} and Keras {keras.__version__} cannot read it ({_cause(error)}); "
-                "that generation is not supported yet"
+                f"{path} was saved by {newer} and Keras {keras.__version__} cannot read it ({_cause(error)}); "
+                "update Keras"
             ) from error
         raise LoadError(
             f"Keras cannot load {path} ({_cause(error)}); if it is intact, save it again with Keras {keras.__version__}"
         ) from error
+
+
+def _usable(model: Any, path: Path) -> keras.Model:
     if not isinstance(model, keras.Model):
         raise LoadError(f"{path} describes a {type(model).__name__}, not a model; save a whole model with model.save()")
     if not model.built:
@@ -236,18 +269,24 @@ def _lacks_input_shape(config: Mapping[str, Any]) -> bool:
     return False
 
 
-def _fill(model: keras.Model, weights: Path) -> None:
-    """Fill a model from a weights file of either format, recognised by content."""
-    suffix = ".keras"
+def _fill(model: keras.Model, weights: Path) -> list[str]:
+    """Fill a model from a weights file or another model file, recognised by content; returns notices."""
     reader = _reader(weights)
+    suffix = ".keras"
     if reader.format == "hdf5":
         with hdf5.open_checked(weights, str(weights)) as file:
-            legacy = "layer_names" in file.attrs or "layer_names0" in file.attrs or "model_weights" in file
-            if not legacy and not hdf5.is_weights(file):
+            if "layer_names" in file.attrs or "layer_names0" in file.attrs or "model_weights" in file:
+                backend = text_of(file.attrs.get("backend"))
+                return legacy.fill_hdf5(file, model, what=str(weights), backend=backend)
+            if not hdf5.is_weights(file):
                 raise LoadError(f"{weights} holds no weights; pass a file written by model.save_weights()")
-            suffix = ".h5" if legacy else ".weights.h5"
+            suffix = ".weights.h5"
+    elif reader.format == "json":
+        raise LoadError(f"{weights} describes a model but holds no weights; pass a file written by save_weights()")
     else:
-        reader.peek(weights)
+        contents = reader.peek(weights)
+        if contents.is_legacy or reader.build is None:
+            return reader.fill(weights, model, contents)
     try:
         with named(weights, suffix) as name:
             model.load_weights(name)
@@ -255,6 +294,7 @@ def _fill(model: keras.Model, weights: Path) -> None:
         raise LoadError(
             f"the weights in {weights} do not fit the model ({_cause(error)}); pass the weights of this very model"
         ) from error
+    return []
 
 
 def _cause(error: BaseException) -> str:

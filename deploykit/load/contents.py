@@ -32,19 +32,28 @@ _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 @dataclass(frozen=True)
 class Contents:
-    """``config`` is the model's own description (never None); ``backend`` and ``saved_by`` as recorded."""
+    """``config`` is the model's own description (never None); ``backend`` and ``saved_by`` as recorded.
+
+    ``assumed``: the generation of files of this format that record no version.
+    """
 
     config: dict[str, Any]
     saved_by: str | None
     backend: str | None
     training_config_found: bool
     notices: tuple[str, ...] = ()
+    assumed: int = 1
 
     @property
-    def generation(self) -> int | None:
-        """Major version of the Keras that saved the file; None when the file does not say."""
+    def generation(self) -> int:
+        """Major version of the Keras that saved the file."""
         major = (self.saved_by or "").partition(".")[0]
-        return int(major) if major.isdigit() and len(major) < 4 else None
+        return int(major) if major.isdigit() and len(major) < 4 else self.assumed
+
+    @property
+    def is_legacy(self) -> bool:
+        """Whether an older Keras than 3 saved the file, so that its description has to be translated."""
+        return self.generation < 3
 
 
 def parse_config(text: bytes, what: str) -> dict[str, Any]:

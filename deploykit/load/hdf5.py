@@ -5,15 +5,13 @@ under ``model_weights``. HDF5 can also point outside itself: external links, dat
 virtual datasets, soft links. A model needs none of them, so any link that is not a plain hard link and
 any dataset that is not stored in the file is refused before a value is read.
 
-Loading without an error does not mean loading the same model: some names changed their meaning
-between Keras 2 and Keras 3. ``DRIFTED`` lists them; such a file is refused until a reader for its
-generation translates it.
+What Keras 1 or 2 wrote is translated (`deploykit.load.legacy`); only files of Keras 3 are handed to Keras.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,32 +20,13 @@ import keras
 
 from deploykit.errors import LoadError, UnsafeModelError, UnsupportedModelError
 from deploykit.load.contents import Contents, named, parse_config, printable, text_of
+from deploykit.load.legacy import fill_hdf5, unused
 
 MAGIC = b"\x89HDF\r\n\x1a\n"
 
 # A dataset may declare a shape that it hardly stores: reading it would allocate the declaration.
 BOMB_FLOOR_BYTES = 64 << 20
 BOMB_EXPANSION = 1000  # gzip reaches about 1000:1 on constant data
-
-Rule = Callable[[str, Mapping[str, Any]], bool]
-
-# What Keras 3 reads without complaint but computes differently from the Keras that saved it.
-DRIFTED: dict[str, Rule] = {
-    # clip(0.2 x + 0.5, 0, 1) became clip(x / 6 + 0.5, 0, 1)
-    "hard_sigmoid was another function then": lambda _, config: (
-        "hard_sigmoid" in (config.get("activation"), config.get("recurrent_activation"))
-    ),
-    # no key meant False, and means True now
-    "its GRU applies the reset gate before the product": lambda name, config: (
-        name == "GRU" and "reset_after" not in config
-    ),
-    # read as the last axis alone
-    "its BatchNormalization spans several axes": lambda name, config: (
-        name.startswith("BatchNormalization") and isinstance(config.get("axis"), list) and len(config["axis"]) > 1
-    ),
-    # read and ignored
-    "its inputs are time-major": lambda _, config: config.get("time_major") is True,
-}
 
 
 def recognises(path: Path) -> bool:
@@ -122,7 +101,11 @@ def peek(path: Path) -> Contents:
             backend=printable(text_of(attributes.get("backend"))),
             training_config_found="training_config" in attributes,
         )
-    _refuse_generation(contents, path)
+    if contents.generation == 1:
+        raise UnsupportedModelError(
+            f"{path} was saved by Keras 1 or names no Keras version; this generation is not supported yet: "
+            "load it where it was made and save it with a newer Keras"
+        )
     return contents
 
 
@@ -141,42 +124,10 @@ def is_weights(file: h5py.File) -> bool:
     return "layer_names" in file.attrs or "layer_names0" in file.attrs or bool({"layers", "vars"} & set(file))
 
 
-def _layers(config: object) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Class name and config of everything that has both, at any depth."""
-    stack = [config]
-    while stack:
-        node = stack.pop()
-        if isinstance(node, dict):
-            inner = node.get("config")
-            if isinstance(node.get("class_name"), str) and isinstance(inner, dict):
-                yield node["class_name"], inner
-            stack.extend(node.values())
-        elif isinstance(node, list):
-            stack.extend(node)
-
-
-def _refuse_generation(contents: Contents, path: Path) -> None:
-    """Refuse what Keras 3 would load as another model than the one that was saved."""
-    generation = contents.generation
-    if generation is None or generation < 2:
-        raise UnsupportedModelError(
-            f"{path} was saved by Keras 1 or names no Keras version; this generation is not supported yet: "
-            "load it where it was made and save it with a newer Keras"
-        )
-    if contents.backend == "theano":
-        raise UnsupportedModelError(
-            f"{path} was saved by Keras {contents.saved_by} on Theano, whose convolution kernels are rotated by "
-            "180 degrees; this is not supported yet: load it on TensorFlow with that Keras and save it again"
-        )
-    if generation >= 3:
-        return
-    for class_name, config in _layers(contents.config):
-        for reason, applies in DRIFTED.items():
-            if applies(class_name, config):
-                raise UnsupportedModelError(
-                    f"{path} was saved by Keras {contents.saved_by} and layer {config.get('name', class_name)!r} would "
-                    f"compute something else in Keras 3 ({reason}); this generation is not supported yet"
-                )
+def fill(path: Path, model: keras.Model, contents: Contents) -> list[str]:
+    """Give a model that was built from a legacy description its weights; returns notices."""
+    with open_checked(path, str(path)) as file:
+        return fill_hdf5(file, model, what=str(path), backend=contents.backend, unused=unused(contents.config))
 
 
 def build(path: Path, custom_objects: Mapping[str, Any], safe_mode: bool) -> keras.Model:

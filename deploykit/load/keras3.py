@@ -5,25 +5,29 @@ twice (two readers could see two different files), encrypted members, and member
 than what is stored for them. The weights inside are an HDF5 file and get that format's checks; a
 member that is stored without compression, as Keras writes it, is checked in place, without a copy.
 
-tf-keras 2.12 and later write archives that look the same; ``metadata.json`` tells them apart.
+tf-keras 2.12 and later write archives that look the same; ``metadata.json`` tells them apart. Those are translated
+(`deploykit.load.legacy`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+import h5py
 import keras
 
-from deploykit.errors import LoadError, UnsafeModelError, UnsupportedModelError
+from deploykit.errors import LoadError, UnsafeModelError
 from deploykit.load import hdf5
 from deploykit.load.contents import MAX_CONFIG_BYTES, Contents, named, parse_config, printable, text_of
+from deploykit.load.legacy import fill_archive
 
 MAGIC = b"PK\x03\x04"
 CONFIG, METADATA = "config.json", "metadata.json"
@@ -112,8 +116,9 @@ def _member(archive: zipfile.ZipFile, name: str, path: Path) -> bytes:
         raise LoadError(f"{name} in {path} is damaged; copy or save the file again") from error
 
 
-def _check_weights(archive: zipfile.ZipFile, name: str, path: Path) -> None:
-    """Give the HDF5 file inside the archive the checks of its format."""
+@contextlib.contextmanager
+def _weights(archive: zipfile.ZipFile, name: str, path: Path) -> Iterator[h5py.File]:
+    """The HDF5 file inside the archive, opened with the checks of its format."""
     member = archive.getinfo(name)
     with ExitStack() as stack:
         stream: BinaryIO
@@ -137,7 +142,7 @@ def _check_weights(archive: zipfile.ZipFile, name: str, path: Path) -> None:
             except Exception as error:  # zlib, lzma and zipfile have no common base
                 raise LoadError(f"{name} in {path} is damaged; copy or save the file again") from error
             stream.seek(0)
-        stack.enter_context(hdf5.open_checked(stream, f"{name} in {path}"))
+        yield stack.enter_context(hdf5.open_checked(stream, f"{name} in {path}"))
 
 
 def peek(path: Path) -> Contents:
@@ -154,13 +159,13 @@ def peek(path: Path) -> Contents:
             saved_by = _version(_member(archive, METADATA, path))
         if saved_by is None:
             notices.append(f"{path.name} does not say which Keras saved it")
-        contents = Contents(config, saved_by, None, bool(config.get("compile_config")), tuple(notices))
-        _refuse_generation(contents, path)
+        contents = Contents(config, saved_by, None, bool(config.get("compile_config")), tuple(notices), assumed=3)
         weights = [name for name in WEIGHTS if name in names]
         if not weights:
             raise LoadError(f"{path} describes a model but holds no weights; save it again with model.save()")
         if weights[0].endswith(".h5"):
-            _check_weights(archive, weights[0], path)
+            with _weights(archive, weights[0], path):
+                pass
     return contents
 
 
@@ -172,12 +177,10 @@ def _version(text: bytes) -> str | None:
     return printable(text_of(metadata.get("keras_version"))) if isinstance(metadata, dict) else None
 
 
-def _refuse_generation(contents: Contents, path: Path) -> None:
-    if contents.generation is not None and contents.generation < 3:
-        raise UnsupportedModelError(
-            f"{path} was saved by tf-keras {contents.saved_by}; archives of that generation are not supported yet: "
-            "load it there and save it as .h5, or pass a file saved by Keras 3"
-        )
+def fill(path: Path, model: keras.Model, contents: Contents) -> list[str]:
+    """Give a model that was built from a legacy description its weights; returns notices."""
+    with _open_zip(path) as archive, _weights(archive, WEIGHTS[0], path) as file:
+        return fill_archive(file, model, contents.config, what=str(path))
 
 
 def build(path: Path, custom_objects: Mapping[str, Any], safe_mode: bool) -> keras.Model:

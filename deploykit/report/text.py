@@ -205,7 +205,12 @@ def bench(report: Json, console: Console) -> None:
 def inspect(report: Json, console: Console) -> None:
     file, signature = report["file"], report["signature"]
     rows: list[tuple[str, RenderableType]] = [
-        ("file", f"{file['format']}, {size(file['bytes'])}, saved by Keras {file['saved_by'] or '?'}"),
+        (
+            "file",
+            f"{file['format']}, {size(file['bytes'])}, saved by Keras {file['saved_by'] or '?'}"
+            + (f" on {escape(file['backend'])}" if file["backend"] else "")
+            + (f", translated from generation {file['generation']}" if file["generation"] < 3 else ""),
+        ),
         (
             "model",
             f"{report['class']} '{report['name']}', {count(report['layers_total'], 'layer')}, "
@@ -267,6 +272,44 @@ def deploy(report: Json, console: Console) -> None:
     console.print(Group(head, _grid(rows)))
 
 
+# ---------------------------------------------------------------------------------------------- migrate
+
+
+def _outputs(outputs: list[Json]) -> RenderableType:
+    table = _table("output", "relative error", "bound", "verdict", right=[1, 2])
+    for output in outputs[:ROWS]:
+        verdict = _verdict(output["passed"], "same", "DIFFERS")
+        if output["passed"] and output["insensitive"]:
+            verdict = Text("same, but no evidence: hardly varies between inputs", style="yellow")
+        error = "exact" if output["exact"] else small(output["error"])
+        table.add_row(escape(output["name"]), error, small(output["bound"]), verdict)
+    if len(outputs) > ROWS:
+        table.add_row(f"... {len(outputs) - ROWS} more in --json", "", "", "")
+    return table
+
+
+def migrate(report: Json, console: Console) -> None:
+    """Verdict first: proven by what, how well, and what was written."""
+    proof = report["proof"]
+    origin = f"Keras {report['saved_by']}" if report["saved_by"] else "no Keras version recorded"
+    rows: list[tuple[str, RenderableType]] = []
+    if proof is not None:
+        verdict = _verdict(report["proven"], "the same model:", "NOT THE SAME MODEL:")
+        what = f" {proof['by']} and the new file in {proof['precision']}, {count(proof['samples'], 'sample')}"
+        rows.append(("proof", Group(Text.assemble(verdict, what), _outputs(proof["outputs"]))))
+        if proof["why_not_float64"]:
+            rows.append(("", escape(f"not in float64; {proof['why_not_float64']}")))
+        rows.append(("", escape(f"on {proof['data']}")))
+    if report["reason"] is not None:
+        rows.append(("" if proof else "NOT PROVEN", Text(report["reason"], style="red")))
+    if report["outputs_written"]:
+        rows.append(
+            ("written", escape(f"{', '.join(report['outputs_written'])}  ({size(report['size_bytes']['after'])})"))
+        )
+    head = _head(report, f"{origin}, {size(report['size_bytes']['before'])}")
+    console.print(Group(head, _grid(rows + _notices(report))))
+
+
 RENDERERS: Mapping[str, Callable[[Json, Console], None]] = {
     "deploykit.inspect/1": inspect,
     "deploykit.fuse/1": fuse,
@@ -274,6 +317,7 @@ RENDERERS: Mapping[str, Callable[[Json, Console], None]] = {
     "deploykit.check/1": check,
     "deploykit.bench/1": bench,
     "deploykit.deploy/1": deploy,
+    "deploykit.migrate/1": migrate,
 }
 
 

@@ -1,0 +1,203 @@
+"""The normal form of a legacy description as a Keras 3 model: layers are made and called along the recorded graph.
+
+A functional graph is a list of layers with their calls (``inbound_nodes``); a call names its inputs by
+``[layer, call of it, output of that call]``. In all generations these are written alike, but for details:
+
+- a call may be one reference, a list of them, or a nest (a dict of inputs); the fourth item of a reference holds the
+  call's further arguments, in which tensors are references of three items;
+- ``["_CONSTANT_VALUE", -1, value, ...]`` is a constant in place of a tensor;
+- the calls of a nested model are counted from 1 (0 is its own making), but for a Sequential without an input from 0.
+  What the references say decides; where they leave it open, that rule does;
+- recurrent layers get their initial states as further inputs in the list.
+
+Limits: none on sizes; a description that refers to what is not there is damaged and refused in one line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import keras
+from keras import tree
+
+from deploykit.errors import LoadError
+from deploykit.load.contents import printable
+from deploykit.load.legacy import operations
+from deploykit.load.legacy.config import CONSTANT, is_reference, modern_name, references
+
+Config = dict[str, Any]
+Reference = tuple[str, int, int]
+
+RECURRENT = (keras.layers.RNN, keras.layers.Bidirectional, keras.layers.ConvLSTM2D)
+
+
+def build(model: Mapping[str, Any], objects: Mapping[str, Any], *, what: str, safe_mode: bool = True) -> keras.Model:
+    """The Keras 3 model of a normal form, with fresh weights; ``objects`` are the user's own classes by name.
+
+    Raises LoadError where the graph does not hang together; what Keras says of a layer's arguments comes as it is.
+    """
+    return _Builder(objects, what, safe_mode).model(model)
+
+
+class _Builder:
+    def __init__(self, objects: Mapping[str, Any], what: str, safe_mode: bool) -> None:
+        self.objects = dict(objects)
+        self.what = what
+        self.safe_mode = safe_mode
+
+    def damaged(self, why: str) -> LoadError:
+        return LoadError(f"{self.what} is damaged: {why}; copy or save it again")
+
+    # ------------------------------------------------------------------------------------------------ models
+
+    def model(self, model: Mapping[str, Any]) -> keras.Model:
+        made = self.functional(model) if model["model"] == "Functional" else self.sequential(model)
+        made.trainable = bool(model["trainable"])
+        return made
+
+    def sequential(self, model: Mapping[str, Any]) -> keras.Sequential:
+        layers = [self.input(model["input"])] if model["input"] is not None else []
+        for entry in model["layers"]:
+            if "operation" in entry:
+                raise self.damaged(f"{printable(entry['name'])} is an operation and stands in a Sequential")
+            layers += [*(self.layer(before) for before in entry.get("before", ())), self.made(entry)]
+        return keras.Sequential(layers, name=model["name"])
+
+    def functional(self, model: Mapping[str, Any]) -> keras.Model:
+        graph = _Graph(model["layers"])
+        tensors: dict[Reference, Any] = {}
+        calls: dict[str, Callable[..., list[Any]]] = {}
+        waiting: list[tuple[str, int, Any]] = []
+        for entry in model["layers"]:
+            if "input" in entry:
+                tensors[entry["name"], 0, 0] = self.input(entry)
+                continue
+            calls[entry["name"]] = self.call(entry)
+            waiting += [(entry["name"], number, node) for number, node in enumerate(entry["inbound_nodes"])]
+        while waiting:
+            ready = [call for call in waiting if all(graph.at(r) in tensors for r in graph.tensors(call[2]))]
+            if not ready:
+                raise self.damaged(f"layer {printable(waiting[0][0])} waits for a tensor that no layer makes")
+            for name, number, node in ready:
+                first, further = self.arguments(node, lambda r: tensors[graph.at(r)])
+                outputs = calls[name](first, **further)
+                tensors.update({(name, number, index): output for index, output in enumerate(outputs)})
+            done = {(name, number) for name, number, _ in ready}
+            waiting = [call for call in waiting if (call[0], call[1]) not in done]
+
+        def end(reference: Sequence[Any]) -> Any:
+            found = tensors.get(graph.at(reference))
+            if not isinstance(found, keras.KerasTensor):
+                raise self.damaged("its inputs or outputs name a tensor that no layer makes")
+            return found
+
+        ends = [_single(_mapped(model[key], end)) for key in ("input_layers", "output_layers")]
+        return keras.Model(*ends, name=model["name"])
+
+    def arguments(self, node: Any, tensor: Callable[[Any], Any]) -> tuple[Any, Config]:
+        """The first argument of a call and the further ones."""
+        found = list(references(node))
+        further = dict(next((r[3] for r in found if len(r) == 4 and r[3]), {}))
+        first = _mapped(node, lambda r: r[2] if r[0] == CONSTANT else tensor(r))
+        return first, {key: _mapped(value, tensor) for key, value in further.items()}
+
+    # ------------------------------------------------------------------------------------------------ layers
+
+    def input(self, entry: Mapping[str, Any]) -> Any:
+        given = entry["input"]
+        return keras.Input(
+            batch_shape=tuple(given["batch_shape"]),
+            dtype=given["dtype"],
+            sparse=given["sparse"],
+            name=modern_name(entry["name"]),
+        )
+
+    def made(self, entry: Mapping[str, Any]) -> Any:
+        return self.model(entry["nested"]) if "nested" in entry else self.layer(entry["layer"])
+
+    def layer(self, serialised: Mapping[str, Any]) -> Any:
+        config = {key: self.part(value) for key, value in serialised["config"].items()}
+        made = keras.saving.deserialize_keras_object(
+            {**serialised, "config": config}, custom_objects=self.objects, safe_mode=self.safe_mode
+        )
+        if not isinstance(made, keras.layers.Layer):
+            raise self.damaged(f"{printable(serialised['class_name'])} is no layer")
+        return made
+
+    def part(self, value: Any) -> Any:
+        """A model in a wrapper, as Keras serialises it."""
+        if isinstance(value, Mapping) and set(value) == {"nested"}:
+            return keras.saving.serialize_keras_object(self.model(value["nested"]))
+        return value
+
+    def call(self, entry: Mapping[str, Any]) -> Callable[..., list[Any]]:
+        """What calls the layer of an entry on the first argument of a node and the further ones; gives its outputs."""
+        if "operation" in entry:
+            kind, config = entry["operation"]["kind"], entry["operation"]["config"]
+            operation = operations.operation(kind, config, entry["name"])
+
+            def operate(first: Any, **further: Any) -> list[Any]:
+                result = operation(first if kind in operations.FUNCTION_CLASSES else _single(first), **further)
+                return result if isinstance(result, list) else [result]  # what is no list is one, whatever it is
+
+            return operate
+        layer = self.made(entry)
+        before = [self.layer(serialised) for serialised in entry.get("before", ())]
+
+        def run(first: Any, **further: Any) -> list[Any]:
+            first = _single(first)
+            for other in before:
+                first = other(first)
+            # absent, or at inference: what Keras does anyway
+            further = {key: value for key, value in further.items() if value is not None and value is not False}
+            if isinstance(layer, RECURRENT) and isinstance(first, list):
+                first, *states = first
+                further["initial_state"] = states
+            try:
+                return list(tree.flatten(layer(first, **further)))
+            except Exception as error:
+                said = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+                raise self.damaged(
+                    f"Keras cannot call layer {printable(entry['name'])} as it was called ({said})"
+                ) from error
+
+        return run
+
+
+class _Graph:
+    """How the calls of each layer are counted in one functional graph."""
+
+    def __init__(self, layers: Sequence[Mapping[str, Any]]) -> None:
+        said: dict[str, set[int]] = {}
+        for entry in layers:
+            for reference in references(entry["inbound_nodes"]):
+                said.setdefault(reference[0], set()).add(reference[1])
+        self.first: dict[str, int] = {}
+        for entry in layers:
+            if "nested" in entry:
+                calls, indices = len(entry["inbound_nodes"]), said.get(entry["name"], set())
+                known = entry["nested"]["model"] == "Functional" or entry["nested"]["input"] is not None
+                self.first[entry["name"]] = 0 if 0 in indices else 1 if calls in indices else int(known)
+
+    def at(self, reference: Sequence[Any]) -> Reference:
+        name, call, output = reference[:3]
+        return name, call - self.first.get(name, 0), output
+
+    @staticmethod
+    def tensors(node: Any) -> list[Sequence[Any]]:
+        return [reference for reference in references(node) if reference[0] != CONSTANT]
+
+
+def _mapped(nest: Any, change: Callable[[Any], Any]) -> Any:
+    """A nest with every reference replaced."""
+    if is_reference(nest):
+        return change(nest)
+    if isinstance(nest, Mapping):
+        return {key: _mapped(value, change) for key, value in nest.items()}
+    return [_mapped(value, change) for value in nest] if isinstance(nest, (list, tuple)) else nest
+
+
+def _single(value: Any) -> Any:
+    """A list of one tensor stands for the tensor."""
+    return value[0] if isinstance(value, list) and len(value) == 1 else value

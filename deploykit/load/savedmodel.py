@@ -1,0 +1,750 @@
+"""SavedModel folders that Keras wrote: the layers are rebuilt from their description, the graph is never run.
+
+``model.save("folder")`` of tf.keras 2.0 to 2.15 and of tf_keras leaves the same model twice in a folder: as a
+TensorFlow graph, and as what Keras needs to make it again. Only the second is read here:
+
+    saved_model.pb      the tree of objects: model -layer-3-> layer -kernel-> variable; up to TF 2.4 also each
+                        layer's JSON description
+    keras_metadata.pb   these descriptions, by the object's number, from TF 2.5 on
+    variables/          a checkpoint: an index (name -> type, shape, place), shards with the values, and the
+                        tree of objects once more, its leaves naming their entry in the index
+
+A weight of the Keras 3 model is found by walking the tree beside the model: models lead to their layers by the
+layer's name, anything else to its parts by attribute (``forward_layer``, ``cell``, ``_query_dense``, ``kernel``;
+``RENAMED`` lists what has another name in Keras 3). Order decides nothing. Every weight of the model must be
+found with its shape, and every variable of the tree must be used, but for the state of optimizers, metrics,
+random generators and stateful recurrences.
+
+The folder is untrusted. Links out of it are refused, every length is checked against the bytes that are there
+before anything is allocated, and of saved_model.pb only the tree of objects is parsed. The checkpoint is read
+here and not by ``tf.train.load_checkpoint``, which aborts the process on a malformed shape. The index is a
+LevelDB table, uncompressed; all checksums are CRC-32C, which TensorFlow stores "masked".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import mmap
+import os
+import re
+import stat
+import struct
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # comes without types
+from tensorflow.core.protobuf.saved_object_graph_pb2 import SavedObjectGraph
+from tensorflow.core.protobuf.tensor_bundle_pb2 import BundleEntryProto, BundleHeaderProto
+from tensorflow.core.protobuf.trackable_object_graph_pb2 import TrackableObjectGraph
+
+from deploykit.errors import LoadError, UnsafeModelError, UnsupportedModelError
+from deploykit.files import sha256 as sha256_of_file
+from deploykit.load.contents import Contents, parse_config, printable, text_of
+from deploykit.load.legacy import modern_name, steepen
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Bits = np.ndarray[Any, np.dtype[np.uint32]]
+
+GRAPH, METADATA, INDEX = "saved_model.pb", "keras_metadata.pb", "variables/variables.index"
+
+MAX_GRAPH_BYTES = 2 << 30  # a protocol buffer is never longer
+MAX_OBJECTS_BYTES = 64 << 20  # the tree of objects: a few MB for an ImageNet-size net
+MAX_METADATA_BYTES = 256 << 20  # repeats a nested model's description at every level
+MAX_INDEX_BYTES = 64 << 20  # about 100 bytes for each variable
+MAX_KEY_BYTES = 64 << 20  # all names together: the index stores only how a name differs from the one before
+MAX_RECORDS = 1_000_000  # whatever is walked one by one: fields, objects, variables
+MAX_FILES = 10_000
+MAX_DEPTH = 64  # objects within objects
+
+MODELS = frozenset(("_tf_keras_model", "_tf_keras_network", "_tf_keras_sequential"))
+NO_WEIGHTS = frozenset(("_tf_keras_metric", "optimizer", "experimentalOptimizer", "signature_map"))
+
+# Edges that hold no weights of their own: second paths to the same ones, or state that no inference needs.
+BOOKKEEPING = frozenset(
+    (
+        "keras_api",
+        "variables",
+        "trainable_variables",
+        "non_trainable_variables",
+        "regularization_losses",
+        "optimizer",
+        "signatures",
+        "states",
+        "_random_generator",
+        "_rng",  # of image augmentation up to TF 2.8
+    )
+)
+
+# Keras 3 class -> attribute of its variable -> attribute in the folder, where they differ by more than a leading "_".
+RENAMED: dict[str, dict[str, str]] = {
+    "BaseDepthwiseConv": {"kernel": "depthwise_kernel"},
+}
+
+# Layers whose state is no weight: class -> the config key that holds it when it was given and not learnt by adapt().
+# A learnt one is a constant in the graph (a vocabulary) or a summary that only the layer's own code can finish.
+LEARNT: dict[str, str] = {
+    "Discretization": "bin_boundaries",
+    "IndexLookup": "vocabulary",
+    "IntegerLookup": "vocabulary",
+    "StringLookup": "vocabulary",
+    "TextVectorization": "vocabulary",
+}
+
+_OBJECT_GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"
+_LAYER = re.compile(r"layer(_with_weights)?-\d+")
+_OWN_LISTS = frozenset(("_layers", "_metrics", "_trainable_variables", "_non_trainable_variables", "_seed_generators"))
+
+
+def recognises(path: Path) -> bool:
+    """A folder with a ``saved_model.pb``."""
+    return path.is_dir() and (path / GRAPH).is_file()
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a folder: over ``name \\0 sha256 \\n`` of each file, sorted by name.
+
+    ``name`` is the path below the folder with "/" between its parts, in UTF-8. Empty folders do not count.
+    """
+    digest = hashlib.sha256()
+    for name, file in sorted(_files(path).items()):
+        digest.update(name.encode("utf-8", "surrogateescape") + b"\0" + sha256_of_file(file).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def size_bytes(path: Path) -> int:
+    """All files together."""
+    return sum(file.stat().st_size for file in _files(path).values())
+
+
+def peek(path: Path) -> Contents:
+    """Read what the folder says about its model. Raises LoadError, UnsafeModelError or UnsupportedModelError."""
+    files = _files(path)
+    saved = _saved(path)
+    if 0 not in saved.described:
+        raise UnsupportedModelError(
+            f"{path} holds a TensorFlow graph without Keras layers, which is not supported yet; "
+            "save the Keras model itself with model.save()"
+        )
+    identifier, text = saved.described[0]
+    document = parse_config(text, f"the Keras metadata of {path}")
+    model = document.get("model_config")
+    model = model if isinstance(model, dict) and isinstance(model.get("config"), dict) else document
+    name, config = model.get("class_name"), _plain(model.get("config"))
+    if not isinstance(name, str) or identifier not in MODELS:
+        raise UnsupportedModelError(
+            f"{path} holds {printable(str(name))} ({printable(identifier)}), which is no Keras model; "
+            "save a whole model with model.save()"
+        )
+    if not isinstance(config, dict) or not isinstance(config.get("layers"), list):
+        raise UnsupportedModelError(
+            f"{path} holds a subclassed model ({printable(name)}), whose layers only its own code knows; "
+            "build it with keras.Input and save it again"
+        )
+    _refuse_learnt(config, path)
+    if INDEX not in files:
+        raise LoadError(f"{path} describes a model but holds no weights; save it again with model.save()")
+    saved_by = printable(text_of(document.get("keras_version")))
+    notices = []
+    if saved_by is None:
+        notices.append(f"{path.name} does not say which Keras saved it, only TensorFlow {saved.tensorflow}")
+    return Contents(
+        config={"class_name": name, "config": config},
+        saved_by=saved_by or saved.tensorflow,
+        backend=printable(text_of(document.get("backend"))) or "tensorflow",
+        training_config_found=document.get("training_config") is not None,
+        notices=tuple(notices),
+        assumed=2,
+    )
+
+
+def fill(path: Path, model: keras.Model, contents: Contents) -> list[str]:
+    """Assign every weight of ``model`` from the folder that `peek` described as ``contents``.
+
+    Nothing is assigned before everything fits. Raises LoadError, naming layer and weight, when one is
+    missing, left over, of another shape or damaged. Returns notices.
+    """
+    _files(path)
+    tree = _Tree(path, _saved(path), _Checkpoint(path))
+    weights = list(_weights(model, tree.root, "", tree))
+    _refuse_rest(model, weights, tree)
+    for weight in weights:
+        found = tree.checkpoint.shape(tree.key(weight.node, weight.label), weight.label)
+        if found != tuple(weight.variable.shape):
+            raise LoadError(
+                f"{path}: {weight.label} has shape {found} in the folder and {tuple(weight.variable.shape)} in the "
+                "model; the description and the weights are not of the same model"
+            )
+    rounded = []
+    for weight in weights:
+        values = tree.checkpoint.array(tree.key(weight.node, weight.label), weight.label)
+        if keras.backend.is_float_dtype(weight.variable.dtype) and values.dtype.itemsize > _bytes_each(weight.variable):
+            rounded.append(f"{weight.label} is stored in {values.dtype} and was rounded to {weight.variable.dtype}")
+        weight.variable.assign(values)
+    steepen(model)
+    for weight in weights:
+        if isinstance(weight.owner, keras.layers.Normalization):
+            weight.owner.finalize_state()  # it computes with tensors that are made from its weights
+    return rounded
+
+
+def _bytes_each(variable: keras.Variable) -> int:
+    size: int = tf.as_dtype(variable.dtype).size
+    return size
+
+
+def _refuse_rest(model: keras.Model, weights: list[_Weight], tree: _Tree) -> None:
+    """Raise LoadError for a weight of the model that was not found, and for one of the folder that was not used."""
+    assigned = {id(weight.variable) for weight in weights}
+    for variable in model.weights:
+        if id(variable) not in assigned:
+            raise LoadError(f"{tree.path}: weight {printable(variable.path)!r} of the model belongs to no layer in it")
+    used = {weight.node.stored for weight in weights}
+    for label, stored in tree.variables():
+        if stored not in used:
+            raise LoadError(f"{tree.path}: the model has no place for {label}; it was saved from another model")
+
+
+# The folder
+
+
+def _files(path: Path) -> dict[str, Path]:
+    """Every file below the folder by its name there. Raises UnsafeModelError for what leads out of it."""
+    found: dict[str, Path] = {}
+    root = path.resolve()
+    for folder, folders, names in os.walk(path, onerror=_raise):
+        for name in folders + names:
+            here = Path(folder, name)
+            label = here.relative_to(path).as_posix()
+            if here.is_symlink() and (not here.resolve().is_relative_to(root) or here.is_dir()):
+                raise UnsafeModelError(
+                    f"{path}: {label!r} is a link out of the folder or to another folder; refusing to follow it, "
+                    "copy the folder with its links resolved (cp -rL)"
+                )
+            if name in folders:
+                continue
+            if not stat.S_ISREG(here.stat().st_mode):
+                raise UnsafeModelError(f"{path}: {label!r} is no regular file; refusing to read it")
+            found[label] = here
+            if len(found) > MAX_FILES:
+                raise UnsafeModelError(f"{path} holds more than {MAX_FILES} files; refusing to read them")
+    return found
+
+
+def _raise(error: OSError) -> None:
+    raise LoadError(f"cannot read {error.filename} ({error.strerror}); check its permissions") from error
+
+
+@contextlib.contextmanager
+def _reading(what: str, path: Path) -> Iterator[None]:
+    """Bytes that do not mean what they should leave as one line."""
+    try:
+        yield
+    except (ValueError, IndexError, struct.error, DecodeError) as error:
+        raise LoadError(f"{path}: {what} is damaged or truncated; copy or save the folder again") from error
+    except OSError as error:
+        raise LoadError(f"{path}: cannot read {what} ({error.strerror}); check its permissions") from error
+
+
+def _refuse_size(size: int, limit: int, what: str, path: Path) -> None:
+    if size > limit:
+        raise LoadError(f"{path}: {what} is {size >> 20} MiB long, the limit is {limit >> 20}; refusing it")
+
+
+# The description: protocol buffers
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """``described``: identifier and JSON text of each Keras object, by its number in ``objects``; 0 is the root."""
+
+    tensorflow: str | None
+    objects: SavedObjectGraph
+    described: Mapping[int, tuple[str, bytes]]
+
+
+def _varint(data: bytes | mmap.mmap, at: int) -> tuple[int, int]:
+    """A variable-length number at ``at`` and the place after it."""
+    value = 0
+    for shift in range(0, 70, 7):
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+    raise ValueError("a number that does not end")
+
+
+def _fields(data: bytes | mmap.mmap, span: slice) -> Iterator[tuple[int, int | slice]]:
+    """Number and value of each field of a message; strings and messages as the span of their bytes."""
+    at, stop = span.start, span.stop
+    for _ in range(MAX_RECORDS):
+        if at == stop:
+            return
+        tag, at = _varint(data, at)
+        kind = tag & 7
+        value: int | slice
+        if kind == 0:
+            value, at = _varint(data, at)
+        elif kind in (1, 2, 5):
+            size, at = (8, at) if kind == 1 else (4, at) if kind == 5 else _varint(data, at)
+            value = slice(at, at + size)
+            at += size
+        else:
+            raise ValueError("an unknown kind of field")
+        if at > stop:
+            raise ValueError("a field that is longer than its message")
+        yield tag >> 3, value
+    raise ValueError("too many fields")
+
+
+def _spans(data: bytes | mmap.mmap, span: slice, number: int) -> list[slice]:
+    return [value for found, value in _fields(data, span) if found == number and isinstance(value, slice)]
+
+
+def _saved(path: Path) -> _Saved:
+    """Take the tree of objects out of ``saved_model.pb``; the graph, most of the file, is stepped over."""
+    _refuse_size((path / GRAPH).stat().st_size, MAX_GRAPH_BYTES, GRAPH, path)
+    with _reading(GRAPH, path):
+        with (
+            open(path / GRAPH, "rb") as stream,
+            mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data,
+        ):
+            # SavedModel.meta_graphs = 2; MetaGraphDef.meta_info_def = 1, .object_graph_def = 7
+            graphs = _spans(data, slice(0, len(data)), 2)
+            objects = [span for graph in graphs[:1] for span in _spans(data, graph, 7)]
+            infos = [span for graph in graphs[:1] for span in _spans(data, graph, 1)]
+            _refuse_size(sum(s.stop - s.start for s in objects), MAX_OBJECTS_BYTES, f"the objects in {GRAPH}", path)
+            tree = SavedObjectGraph.FromString(b"".join(data[span] for span in objects))
+            # MetaInfoDef.tensorflow_version = 5
+            versions = [data[span].decode("utf-8", "replace") for info in infos for span in _spans(data, info, 5)]
+        if not graphs:
+            raise ValueError("no graph")
+    tensorflow = printable(versions[-1]) if versions else None
+    if not tree.nodes:
+        raise UnsupportedModelError(
+            f"{path} is a SavedModel of TensorFlow 1 or an Estimator, which holds no Keras layers; "
+            "this generation is not supported"
+        )
+    _refuse_tree(tree.nodes, GRAPH, path)
+    described = _described(path) if (path / METADATA).is_file() else _described_inside(tree)
+    return _Saved(tensorflow, tree, described)
+
+
+def _refuse_tree(nodes: Sequence[Any], what: str, path: Path) -> None:
+    if len(nodes) > MAX_RECORDS:
+        raise LoadError(f"{path}: {what} holds more than {MAX_RECORDS} objects; refusing to read them")
+    if any(not 0 <= child.node_id < len(nodes) for node in nodes for child in node.children):
+        raise LoadError(f"{path}: {what} is damaged (it points to an object that is not there); save the model again")
+
+
+def _described_inside(tree: SavedObjectGraph) -> dict[int, tuple[str, bytes]]:
+    """The descriptions up to TF 2.4: within the tree of objects."""
+    return {
+        number: (node.user_object.identifier, node.user_object.metadata.encode())
+        for number, node in enumerate(tree.nodes)
+        if node.user_object.identifier.startswith("_tf_keras_") and node.user_object.metadata
+    }
+
+
+def _described(path: Path) -> dict[int, tuple[str, bytes]]:
+    """The descriptions from TF 2.5 on: SavedMetadata.nodes = 1; .node_id = 2, .identifier = 4, .metadata = 5."""
+    found = {}
+    _refuse_size((path / METADATA).stat().st_size, MAX_METADATA_BYTES, METADATA, path)
+    with _reading(METADATA, path):
+        data = (path / METADATA).read_bytes()
+        for span in _spans(data, slice(0, len(data)), 1):
+            record = {number: data[v] if isinstance(v, slice) else v for number, v in _fields(data, span)}
+            number, identifier, text = record.get(2, 0), record.get(4, b""), record.get(5, b"")
+            if isinstance(number, bytes) or isinstance(identifier, int) or isinstance(text, int):
+                raise ValueError("a field of another type")
+            found[number] = identifier.decode(), text
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """A config as an HDF5 file holds it: what was a tuple or a TensorShape is a list."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if value.get("class_name") in ("__tuple__", "TensorShape") and "items" in value:
+        return _plain(value["items"])
+    return {key: _plain(item) for key, item in value.items()}
+
+
+def _refuse_learnt(config: object, path: Path) -> None:
+    stack = [config]
+    while stack:
+        node = stack.pop()
+        if isinstance(node, list):
+            stack.extend(node)
+        if not isinstance(node, dict):
+            continue
+        stack.extend(node.values())
+        name, inner = node.get("class_name"), node.get("config")
+        key = LEARNT.get(name) if isinstance(name, str) else None
+        if key is not None and isinstance(inner, dict) and not inner.get(key):
+            raise UnsupportedModelError(
+                f"{path}: layer {printable(str(inner.get('name')))!r} ({name}) keeps its {key.replace('_', ' ')} in "
+                "the graph, which is not read; load the model with the Keras that saved it and save it as .keras"
+            )
+
+
+# The tree of objects, beside the model
+
+
+@dataclass(frozen=True)
+class _Node:
+    """One object, by its number in the description's tree and in the checkpoint's."""
+
+    saved: int
+    stored: int
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """A variable of the model, the layer that owns it and its object in the folder."""
+
+    owner: keras.Layer
+    variable: keras.Variable
+    node: _Node
+    label: str
+
+
+class _Tree:
+    """The objects of the folder and how they hang together."""
+
+    root = _Node(0, 0)
+
+    def __init__(self, path: Path, saved: _Saved, checkpoint: _Checkpoint) -> None:
+        self.path, self.checkpoint = path, checkpoint
+        self._saved = saved
+        with _reading("the checkpoint's tree of objects", path):
+            self._stored = TrackableObjectGraph.FromString(checkpoint.text(_OBJECT_GRAPH)).nodes
+            if not self._stored:
+                raise ValueError("no objects")
+        _refuse_tree(self._stored, "the checkpoint", path)
+        self._names: dict[int, str | None] = {}
+
+    def children(self, node: _Node) -> dict[str, _Node]:
+        """What hangs at an object, by attribute, where both trees have it."""
+        stored = {child.local_name: child.node_id for child in self._stored[node.stored].children}
+        return {
+            child.local_name: _Node(child.node_id, stored[child.local_name])
+            for child in self._saved.objects.nodes[node.saved].children
+            if child.local_name in stored
+        }
+
+    def follow(self, node: _Node, path: str) -> _Node | None:
+        """The object at ``path``, attributes with "/" between them."""
+        found: _Node | None = node
+        for name in path.split("/"):
+            found = self.children(found).get(name) if found is not None else None
+        return found
+
+    def layers(self, model: _Node) -> dict[str, _Node]:
+        """A model's layers by name."""
+        found: dict[str, _Node] = {}
+        for edge, node in self.children(model).items():
+            name = self.name(node) if _LAYER.fullmatch(edge) else None
+            if name is not None and found.setdefault(modern_name(name), node) != node:
+                raise LoadError(f"{self.path} has two layers {printable(name)!r} in one model; refusing to choose one")
+        return found
+
+    def name(self, node: _Node) -> str | None:
+        """The layer's name in its description; None for what is no layer."""
+        if node.saved not in self._names:
+            _, text = self._saved.described.get(node.saved, ("", b""))
+            document = parse_config(text, f"the Keras metadata of {self.path}") if text else {}
+            config = document.get("config")
+            inner = config.get("name") if isinstance(config, dict) else None
+            self._names[node.saved] = text_of(document.get("name")) or text_of(inner)
+        return self._names[node.saved]
+
+    def _key(self, node: _Node) -> str | None:
+        values = [a.checkpoint_key for a in self._stored[node.stored].attributes if a.name == "VARIABLE_VALUE"]
+        return values[0] if values else None
+
+    def holds_value(self, node: _Node) -> bool:
+        return self._key(node) is not None
+
+    def key(self, node: _Node, label: str) -> str:
+        """The variable's name in the checkpoint."""
+        if (key := self._key(node)) is None:
+            raise LoadError(f"{self.path}: {label} has no values in the checkpoint; save the model again")
+        return key
+
+    def variables(self) -> Iterator[tuple[str, int]]:
+        """Label and number of each variable that an object of the model holds, by the shortest way to it."""
+        waiting, seen = deque([(self.root, "", "", 0)]), {self.root}
+        while waiting:
+            node, layer, attribute, depth = waiting.popleft()
+            if self.holds_value(node):
+                yield f"weight {printable(attribute)!r} of layer {printable(layer)!r}", node.stored
+            if depth > MAX_DEPTH:
+                raise LoadError(f"{self.path}: its objects are nested more than {MAX_DEPTH} deep; refusing to read it")
+            for edge, child in self.children(node).items():
+                identifier = self._saved.objects.nodes[child.saved].user_object.identifier
+                if child in seen or edge in BOOKKEEPING or identifier in NO_WEIGHTS:
+                    continue
+                seen.add(child)
+                name = self.name(child)
+                inner = f"{attribute}/{edge}".strip("/") if name is None else ""
+                waiting.append((child, "/".join(filter(None, (layer, name))), inner, depth + 1))
+
+
+def _weights(layer: keras.Layer, node: _Node, within: str, tree: _Tree) -> Iterator[_Weight]:
+    """Each weight below a layer of the model, with its object in the folder."""
+    if isinstance(layer, keras.Model) and (named := tree.layers(node)):
+        for part in layer.layers:
+            if not part.weights:
+                continue
+            label = f"{within}/{part.name}".lstrip("/")
+            if part.name not in named:
+                raise LoadError(f"{tree.path}: layer {printable(label)!r} has no weights in the folder; save it again")
+            yield from _weights(part, named[part.name], label, tree)
+        return
+    own = {id(variable) for variable in layer.weights}
+    for attribute, part in _parts(layer):
+        if isinstance(part, keras.Layer):
+            if part.weights:
+                place = _place(node, (attribute, attribute.lstrip("_")), tree)
+                if place is None:
+                    raise LoadError(
+                        f"{tree.path}: layer {printable(within)!r} has no part {attribute!r} in the folder; "
+                        "it was saved by another kind of layer"
+                    )
+                yield from _weights(part, place, f"{within}/{attribute}", tree)
+        elif id(part) in own:
+            label = f"weight {attribute.lstrip('_')!r} of layer {printable(within)!r}"
+            place = _place(node, _spellings(layer, attribute, part.name), tree)
+            if place is None:
+                raise LoadError(f"{tree.path}: {label} is missing in the folder; save the model again")
+            yield _Weight(layer, part, place, label)
+
+
+def _parts(layer: keras.Layer) -> Iterator[tuple[str, Any]]:
+    """Variables and layers that a layer holds, by attribute; in lists and dicts ``attribute/place``."""
+    for name, value in vars(layer).items():
+        if name in _OWN_LISTS or name.startswith("_self_"):  # TensorFlow's own bookkeeping of attributes
+            continue
+        items: list[tuple[str, Any]] = [(name, value)]
+        if isinstance(value, (list, tuple)):
+            items = [(f"{name}/{place}", item) for place, item in enumerate(value)]
+        elif isinstance(value, dict):
+            items = [(f"{name}/{place}", item) for place, item in value.items()]
+        yield from (item for item in items if isinstance(item[1], (keras.Variable, keras.Layer)))
+
+
+def _spellings(layer: keras.Layer, attribute: str, name: str) -> tuple[str, ...]:
+    """Where the folder may keep a variable: as the table says, else under the attribute's or the variable's name."""
+    plain = attribute.lstrip("_")
+    for kind in type(layer).__mro__:
+        if (old := RENAMED.get(kind.__name__, {}).get(plain)) is not None:
+            return (old,)
+    return (attribute, plain, name)
+
+
+def _place(node: _Node, spellings: tuple[str, ...], tree: _Tree) -> _Node | None:
+    places = (tree.follow(node, spelling) for spelling in spellings)
+    return next((place for place in places if place is not None), None)
+
+
+# The checkpoint: an index that is a LevelDB table, and shards of raw values
+
+
+@dataclass
+class _Checkpoint:
+    """``variables/``: entries by name, values on demand."""
+
+    path: Path
+    entries: dict[str, BundleEntryProto] = field(default_factory=dict)
+    shards: int = 0
+
+    def __post_init__(self) -> None:
+        index = self.path / INDEX
+        with _reading(INDEX, self.path):
+            _refuse_size(index.stat().st_size, MAX_INDEX_BYTES, INDEX, self.path)
+            for key, value in _table(index.read_bytes()):
+                if key:
+                    self.entries[key.decode()] = BundleEntryProto.FromString(value)
+                else:
+                    header = BundleHeaderProto.FromString(value)
+                    if header.endianness != BundleHeaderProto.LITTLE:
+                        raise LoadError(f"{self.path}: {INDEX} was written on a big-endian machine; save it on another")
+                    self.shards = header.num_shards
+
+    def _entry(self, key: str, label: str) -> BundleEntryProto:
+        entry = self.entries.get(key)
+        if entry is None:
+            raise LoadError(f"{self.path}: {label} is missing in the checkpoint; copy or save the folder again")
+        if entry.slices or entry.shape.unknown_rank or any(dim.size < 0 for dim in entry.shape.dim):
+            raise LoadError(f"{self.path}: {label} is not stored in one piece; save the model again")
+        return entry
+
+    def _bytes(self, entry: BundleEntryProto, label: str) -> bytes:
+        """The stored bytes, as many as the shard really has."""
+        shard = f"{INDEX.removesuffix('index')}data-{entry.shard_id:05d}-of-{self.shards:05d}"
+        if not (self.path / shard).is_file():
+            raise LoadError(f"{self.path}: {shard} with {label} is missing; copy or save the folder again")
+        with _reading(label, self.path):
+            size = (self.path / shard).stat().st_size
+            if not (0 <= entry.offset <= size and 0 <= entry.size <= size - entry.offset):
+                raise ValueError("lies behind the end of the shard")
+            with open(self.path / shard, "rb") as stream:
+                stream.seek(entry.offset)
+                return stream.read(entry.size)
+
+    def shape(self, key: str, label: str) -> tuple[int, ...]:
+        return tuple(dim.size for dim in self._entry(key, label).shape.dim)
+
+    def array(self, key: str, label: str) -> Array:
+        """The values of a variable, once they are as many as declared and their checksum holds."""
+        entry, shape = self._entry(key, label), self.shape(key, label)
+        with _reading(label, self.path):
+            kind = _numeric(entry.dtype)
+            data = self._bytes(entry, label)
+            if entry.crc32c != _masked(crc32c(data)):
+                raise ValueError("checksum")
+            return np.frombuffer(data, dtype=kind).reshape(shape)  # ValueError for more or fewer values than declared
+
+    def text(self, key: str) -> bytes:
+        """A single string: its length, a checksum of the length as 4 or 8 bytes, and the bytes."""
+        entry = self._entry(key, "the tree of objects")
+        if self.shape(key, "") or entry.dtype != tf.string.as_datatype_enum:
+            raise ValueError("no string")
+        _refuse_size(entry.size, MAX_OBJECTS_BYTES, "the checkpoint's tree of objects", self.path)
+        data = self._bytes(entry, "the tree of objects")
+        size, at = _varint(data, 0)
+        length, text = struct.pack("<I" if size < 1 << 32 else "<Q", size), data[at + 4 :]
+        if entry.crc32c != _masked(crc32c(length + data[at:])):
+            raise ValueError("checksum")
+        return text
+
+
+def _numeric(number: int) -> np.dtype[Any]:
+    """The numpy type of a TensorFlow type's number; ValueError for strings, resources and unknown ones."""
+    try:
+        kind = tf.dtypes.as_dtype(number)
+    except TypeError as error:
+        raise ValueError("an unknown type") from error
+    if not (kind.is_floating or kind.is_integer or kind.is_bool) or kind.is_quantized:
+        raise ValueError("no real numbers")
+    numpy: np.dtype[Any] = np.dtype(kind.as_numpy_dtype)
+    return numpy
+
+
+_FOOTER_BYTES, _TRAILER_BYTES = 48, 5
+_MAGIC = struct.pack("<Q", 0xDB4775248B80FB57)
+
+
+def _table(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Keys and values of a LevelDB table: data blocks, found through an index block, found through the footer."""
+    footer = data[-_FOOTER_BYTES:]
+    if len(footer) < _FOOTER_BYTES or not footer.endswith(_MAGIC):
+        raise ValueError("no table")
+    _, at = _varint(footer, 0)  # the first handle leads to filters, which are not needed
+    _, at = _varint(footer, at)
+    records = keys = blocks = 0
+    for _, handle in _block(data, footer, at):
+        blocks += _varint(handle, _varint(handle, 0)[1])[0]
+        if blocks > len(data):
+            raise ValueError("blocks that overlap")
+        for key, value in _block(data, handle, 0):
+            records, keys = records + 1, keys + len(key)
+            if records > MAX_RECORDS or keys > MAX_KEY_BYTES:
+                raise ValueError("too many names")
+            yield key, value
+
+
+def _block(data: bytes, handle: bytes, at: int) -> Iterator[tuple[bytes, bytes]]:
+    """Keys and values of the block that a handle (place, size) at ``at`` leads to.
+
+    An entry is how much of the key before it is kept, the lengths of what is new of the key and of the value,
+    and both. A list of places to search from ends the block.
+    """
+    start, at = _varint(handle, at)
+    size, _ = _varint(handle, at)
+    block, trailer = data[start : start + size], data[start + size : start + size + _TRAILER_BYTES]
+    kind, checksum = struct.unpack("<BI", trailer)
+    if kind != 0 or checksum != _masked(crc32c(block + trailer[:1])):
+        raise ValueError("a block that is compressed or damaged")
+    stop = len(block) - 4 * (struct.unpack("<I", block[-4:])[0] + 1)
+    place, key = 0, b""
+    while place < stop:
+        shared, place = _varint(block, place)
+        fresh, place = _varint(block, place)
+        length, place = _varint(block, place)
+        key = key[:shared] + block[place : place + fresh]
+        place += fresh
+        yield key, block[place : place + length]
+        place += length
+
+
+# CRC-32C. Its state is linear over bits, so many pieces are advanced at once and joined afterwards: with A the
+# effect of a zero byte on the state, the state after the bytes x y is A^len(y) state(x) ^ state(y).
+
+_PIECE_BYTES = 1 << 24
+_BITS = np.arange(32, dtype=np.uint32)
+
+
+def _apply(operator: Bits, states: Bits) -> Bits:
+    """A linear map of states, given by the images of the 32 single bits."""
+    chosen = np.where((states[:, None] >> _BITS) & np.uint32(1), operator, np.uint32(0))
+    joined: Bits = np.bitwise_xor.reduce(chosen, axis=1)
+    return joined
+
+
+@functools.cache
+def _byte_table() -> Bits:
+    """The state after one byte, from a state of zero."""
+    table: Bits = np.arange(256, dtype=np.uint32)
+    for _ in range(8):
+        table = (table >> np.uint32(1)) ^ np.where(table & np.uint32(1), np.uint32(0x82F63B78), np.uint32(0))
+    return table
+
+
+@functools.cache
+def _zeros(power: int) -> Bits:
+    """The effect of 2^power zero bytes."""
+    if power:
+        half = _zeros(power - 1)
+        return _apply(half, half)
+    units = np.uint32(1) << _BITS
+    after: Bits = _byte_table()[units & np.uint32(255)] ^ (units >> np.uint32(8))
+    return after
+
+
+def crc32c(data: bytes) -> int:
+    """The Castagnoli checksum of bytes."""
+    state = np.array([0xFFFFFFFF], dtype=np.uint32)
+    for start in range(0, len(data), _PIECE_BYTES):
+        piece = np.frombuffer(data, dtype=np.uint8, count=min(_PIECE_BYTES, len(data) - start), offset=start)
+        for power in range(piece.size.bit_length()):
+            if piece.size >> power & 1:
+                state = _apply(_zeros(power), state)
+        bits = (piece.size - 1).bit_length()
+        steps = bits // 2
+        padded = np.zeros(1 << bits, dtype=np.uint8)  # zeros in front leave a state of zero as it is
+        padded[padded.size - piece.size :] = piece
+        columns = np.ascontiguousarray(padded.reshape(-1, 1 << steps).T)
+        lanes = np.zeros(columns.shape[1], dtype=np.uint32)
+        for column in columns:
+            lanes = _byte_table()[(lanes ^ column) & np.uint32(255)] ^ (lanes >> np.uint32(8))
+        for power in range(steps, bits):
+            lanes = _apply(_zeros(power), lanes[0::2]) ^ lanes[1::2]
+        state = state ^ lanes
+    return int(state[0]) ^ 0xFFFFFFFF
+
+
+def _masked(checksum: int) -> int:
+    """How TensorFlow stores a checksum: rotated and shifted, since a checksum of checksums is no good one."""
+    return ((checksum >> 15 | checksum << 17) + 0xA282EAD8) & 0xFFFFFFFF
