@@ -287,7 +287,9 @@ class _Reader:
         index = len(self.nodes)
         args, kwargs = tree.map_structure(place, args), tree.map_structure(place, kwargs)
         inputs = tuple(value.index for value in tree.flatten((args, kwargs)) if isinstance(value, Ref))
-        masked = getattr(layer, "supports_masking", False) and any(self.tensors[i].masked for i in inputs)
+        # a model that is called as a whole says that it hands no mask on, but those of its layers leak out
+        hands_on = getattr(layer, "supports_masking", False) or _functional(layer) is not None
+        masked = hands_on and any(self.tensors[i].masked for i in inputs)
         results = [self.tensor(symbol, index, masked) for symbol in symbols]
         name = self.name(layer, path)
         self.nodes.append(Node(index, layer, name, args, kwargs, inputs, tuple(results), training))

@@ -422,6 +422,27 @@ ON_THE_WAY = (
         *decides("a rearrangement that sees a mask"),
     ),
     row(
+        "a product that sees a mask",
+        CONDUITS,
+        "if at.masked and key(at.layer) is L.Multiply:",
+        "if False:",
+        *decides("a product puts 1 where it is masked"),
+    ),
+    row(
+        "a source that takes a mask away",
+        SOURCES,
+        "if before.masked and not after.masked:",
+        "if False:",
+        *decides("an operation that takes a mask away"),
+    ),
+    row(
+        "a mask that leaks",
+        "graph.py",
+        'hands_on = getattr(layer, "supports_masking", False) or _functional(layer) is not None',
+        'hands_on = getattr(layer, "supports_masking", False)',
+        *decides("a mask leaks out of a model that is called as a whole"),
+    ),
+    row(
         "one pad value for all channels",
         CONDUITS,
         "if float(np.ptp(new)) > 4 * np.finfo(np.float64).eps * float(np.abs(new).max()):",

@@ -28,7 +28,7 @@ applier = sys.modules["deploykit.fuse.apply"]
 
 pytestmark = [  # Keras', about what the nets are made to do
     pytest.mark.filterwarnings("ignore:You passed `rms_scaling"),
-    pytest.mark.filterwarnings("ignore:Layer 'flatten.*mask"),
+    pytest.mark.filterwarnings("ignore:Layer '(flatten|model).*mask"),
 ]
 
 
@@ -74,6 +74,16 @@ def bn(name="n", axis=-1):
 
 def tanh(x):
     return L.Activation("tanh")(x)
+
+
+def named(result, name="n"):
+    """The result of an operation, which is a source, under a name."""
+    result._keras_history.operation.name = name
+    return result
+
+
+def whole_model():
+    return keras.Sequential([keras.Input((5, 4)), L.SimpleRNN(4, return_sequences=True)], name="model")
 
 
 def keep_alike(x):
@@ -261,6 +271,27 @@ ROWS = {
         (5, 4),
         lambda x: L.Dense(3)(L.Flatten()(bn()(tanh(L.Masking()(x))))),
         "whole",
+        "kept",
+        "mask",
+    ),
+    "a product puts 1 where it is masked": (
+        [(5, 4), (5, 4)],
+        lambda x, y: L.Dense(3)(L.Multiply()([bn()(tanh(L.Masking()(x))), tanh(y)])),
+        "scale",
+        "kept",
+        "mask",
+    ),
+    "an operation that takes a mask away": (
+        (5, 4),
+        lambda x: L.LSTM(3)(named(tanh(L.Masking()(x)) * 2.0)),
+        None,
+        "kept",
+        "mask",
+    ),
+    "a mask leaks out of a model that is called as a whole": (
+        (5, 4),
+        lambda x: L.Dense(3)(L.GlobalAveragePooling1D()(bn()(whole_model()(L.Masking()(x))))),
+        "scale",
         "kept",
         "mask",
     ),

@@ -363,7 +363,9 @@ def _linear(weights: Callable[[int], Sequence[float]]) -> Merge:
 
 
 def _product(at: Site, ports: Ports) -> Sequence[Option] | Refusal:
-    """out = Π x_i: scales multiply, no shift passes."""
+    """out = Π x_i: scales multiply, no shift passes. With masks the layer puts 1 where a factor is masked."""
+    if at.masked and key(at.layer) is L.Multiply:
+        return Refusal("mask", f"{at.name} puts 1 in the place of what is masked")
     aligned = _aligned(at, ports)
     if isinstance(aligned, Refusal):
         return aligned

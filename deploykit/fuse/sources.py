@@ -182,6 +182,8 @@ def read(found: Trace, node: Node) -> Source | Refusal:
         return Refusal("training_mode", f"{at.name} is called with training=True and normalises by the batch")
     if len(node.inputs) > 1 and not isinstance(at.layer, L.BatchNormalization):  # whose mask counts in training only
         return Refusal("mask", f"{at.name} is called with a second tensor besides its input")
+    if before.masked and not after.masked:
+        return Refusal("mask", f"{at.name} takes away a mask that would travel on without it")
     if "float" not in before.dtype:
         return Refusal("unsupported_option", f"{at.name} computes in {before.dtype}, which wraps and truncates")
     if before.dtype != after.dtype:
