@@ -225,13 +225,24 @@ def test_verify_needs_nothing_but_numpy_and_onnxruntime(bundle, bare_python):
 
 # --------------------------------------------------------------------------- real files that other people trained
 
-REAL = {"mlperf_tiny_resnet.h5": 7, "tiny_xception_kdef.hdf5": None, "resnet1d_keras36.keras": None}
+# BatchNormalization fused; None: not all of it. fast_srgan_generator.h5 would take two minutes: 16 times the pixels
+REAL = {
+    "eegnet_tfkeras224.h5": 3,
+    "mlperf_tiny_kws_savedmodel": 9,
+    "mlperf_tiny_resnet.h5": 7,
+    "mltk_kws_mobilenetv2.h5": 52,
+    "rapidtide_cnn_keras222.h5": 15,
+    "rapidtide_cnn_tfkeras219.keras": 12,
+    "resnet1d_keras36.keras": None,
+    "tiny_xception_kdef.hdf5": 14,
+}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", REAL)
 def test_real_trained_files_deploy(name, shared_models, tmp_path):
-    report = deploy(load(shared_models / name), tmp_path / "b", seconds=0.2, processes=1).to_json()
+    data = DataOptions(limit=16)
+    report = deploy(load(shared_models / name), tmp_path / "b", data=data, seconds=0.2, processes=1).to_json()
     affines = report["fuse"]["affines"]
     assert affines["total"] > 0
     assert all(d["code"] and d["reason"] for d in report["fuse"]["decisions"])
