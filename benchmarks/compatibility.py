@@ -16,7 +16,7 @@ from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-from deploykit.load.legacy import config, operations
+from deploykit.load.legacy import config, keras1, operations
 from deploykit.load.savedmodel import LEARNT
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "compatibility.md"
@@ -25,7 +25,7 @@ FORMATS = [
     ("`.keras` of Keras 3", "Keras itself, safe mode on", "what is newer than the Keras installed is refused"),
     ("HDF5 of Keras 3", "Keras itself, safe mode on", ""),
     ("HDF5 of Keras 2, tf.keras, tf-keras", "translated", "whatever the extension"),
-    ("HDF5 of Keras 1", "not yet", "refused by name"),
+    ("HDF5 of Keras 1.0 to 1.2, TensorFlow and Theano", "translated to Keras 2, then on", "0.3 is refused"),
     ("`.keras` of tf-keras 2.12 to 2.21", "translated", ""),
     (
         "SavedModel folder that Keras wrote (TensorFlow 2.0 to 2.15, tf-keras)",
@@ -93,7 +93,11 @@ def _lines() -> Iterator[str]:
     yield ""
     yield "## Refused by name"
     yield ""
-    yield from _table(("class", "because it"), ((f"`{kind}`", why) for kind, why in sorted(config.REFUSED.items())))
+    refused = sorted({**keras1.REFUSED, **config.REFUSED}.items())
+    yield from _table(("class", "because it"), ((f"`{kind}`", why) for kind, why in refused))
+    yield "Of files saved under Theano also `same` padding that TensorFlow does otherwise (even kernels, strides), where it"
+    yield "is not Keras 1's convolution, which becomes a padding and a convolution."
+    yield ""
     yield "In a SavedModel also what was learnt and lies in its graph alone:"
     yield ""
     learnt = sorted((f"`{kind}`", f"`{key}`") for kind, key in LEARNT.items())

@@ -275,18 +275,31 @@ def test_an_embedding_that_promised_a_length_has_it(nets, tmp_path):
     agrees(edited(nets / "embedding.h5", tmp_path / "old.h5", promise), nets, "embedding")
 
 
-@pytest.mark.parametrize(
-    "name", ["conv1d", "conv2d_groups", "conv3d", "transpose2d", "depthwise2d", "separable2d", "conv_lstm"]
-)
+@pytest.mark.parametrize("name", ["conv1d", "conv2d_groups", "conv3d", "depthwise2d", "separable2d", "conv_lstm"])
 def test_kernels_of_theano_are_rotated(name, nets, tmp_path):
     """Where others correlate, Theano convolves: the same net has its kernels the other way round there."""
     path = edited(nets / f"{name}.h5", tmp_path / "theano.h5", lambda config: None, backend="theano")
     with h5py.File(path, "r+") as file:
         for key in list(_datasets(file["model_weights"])):
             data = file["model_weights"][key]
-            if "kernel" in key and "pointwise" not in key and "recurrent" not in key:
+            if "kernel" in key and "pointwise" not in key:
                 data[...] = np.flip(data[...], axis=tuple(range(data.ndim - 2)))
     assert any("Theano" in notice for notice in agrees(path, nets, name).notices)
+
+
+@pytest.mark.parametrize(
+    ("name", "padding"),
+    [
+        ("conv2d_groups", {"kernel_size": [2, 2]}),
+        ("conv2d_groups", {"strides": [2, 2]}),
+        ("pools1d", {}),
+        ("transpose2d", {}),
+    ],
+)
+def test_a_padding_that_only_theano_does_is_refused(name, padding, nets, tmp_path):
+    path = edited(nets / f"{name}.h5", tmp_path / "m.h5", _first(padding="same", **padding), backend="theano")
+    with pytest.raises(UnsupportedModelError, match="pads as Theano does"):
+        load(path)
 
 
 def _datasets(group: h5py.Group) -> list[str]:

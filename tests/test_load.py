@@ -365,8 +365,7 @@ BAD: dict[str, tuple[Callable[[Path, Path], Path], type[DeploykitError], str]] =
     "HDF5 config no JSON": (_h5(_set("model_config", "{")), LoadError, "no valid JSON"),
     "HDF5 config no UTF-8": (_h5(_no_utf8), LoadError, "no valid JSON"),
     "HDF5 deep": (_h5(_set("model_config", _deep("[", "]", 20_000).decode())), LoadError, "levels deep"),
-    "Keras 1": (_h5(_set("keras_version", "1.2.2")), UnsupportedModelError, "Keras 1"),
-    "no version": (_h5(_unset("keras_version")), UnsupportedModelError, "names no Keras version"),
+    "not of Keras 1": (_h5(_set("keras_version", "1.2.2")), UnsupportedModelError, "code of its own"),
 }  # fmt: skip
 
 
@@ -374,6 +373,11 @@ BAD: dict[str, tuple[Callable[[Path, Path], Path], type[DeploykitError], str]] =
 def test_a_bad_file_is_one_line_with_a_remedy(case: str, folder: Path, tmp_path: Path) -> None:
     make, error, words = BAD[case]
     assert words in message(make(folder, tmp_path), error)
+
+
+def test_a_file_that_lost_its_version_is_known_by_its_form(folder: Path, tmp_path: Path) -> None:
+    path = _h5(_unset("keras_version"))(folder, tmp_path)
+    assert (load(path).saved_by, load(path).generation) == (None, 3)
 
 
 def test_an_unreadable_file_is_one_line(tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def load(
             given = {**keras.saving.get_custom_objects(), **import_objects(custom_objects)}
             config = contents.config
             if contents.is_legacy:
-                translated = legacy.translate(config, what=str(path), given=given)
+                translated = legacy.translate(config, what=str(path), given=given, backend=contents.backend)
                 config = translated.model
             findings = examine(config, given, str(path))
         if contents.is_legacy:

@@ -12,21 +12,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import h5py
 import keras
 
-from deploykit.errors import LoadError, UnsafeModelError, UnsupportedModelError
+from deploykit.errors import LoadError, UnsafeModelError
 from deploykit.load.contents import Contents, named, parse_config, printable, text_of
-from deploykit.load.legacy import fill_hdf5, unused
+from deploykit.load.legacy import fill_hdf5, keras1, stored_names
 
 MAGIC = b"\x89HDF\r\n\x1a\n"
 
 # A dataset may declare a shape that it hardly stores: reading it would allocate the declaration.
 BOMB_FLOOR_BYTES = 64 << 20
 BOMB_EXPANSION = 1000  # gzip reaches about 1000:1 on constant data
+
+
+# Where no version is recorded (Keras 1.0, and files that were copied by hand): what only a newer Keras writes.
+NEWER = {"module": 3, "kernel_initializer": 2, "moving_variance_initializer": 2}
 
 
 def recognises(path: Path) -> bool:
@@ -95,17 +100,18 @@ def peek(path: Path) -> Contents:
             raise _without_config(file, attributes, path)
         if not isinstance(file.get("model_weights"), h5py.Group):
             raise LoadError(f"{path} describes a model but holds no weights; save it again with model.save()")
+        config = parse_config(text.encode("utf-8", "surrogateescape"), f"model_config of {path}")
         contents = Contents(
-            config=parse_config(text.encode("utf-8", "surrogateescape"), f"model_config of {path}"),
+            config=config,
             saved_by=printable(text_of(attributes.get("keras_version"))),
             backend=printable(text_of(attributes.get("backend"))),
             training_config_found="training_config" in attributes,
+            assumed=next((age for key, age in NEWER.items() if f'"{key}":' in text), 1),
         )
-    if contents.generation == 1:
-        raise UnsupportedModelError(
-            f"{path} was saved by Keras 1 or names no Keras version; this generation is not supported yet: "
-            "load it where it was made and save it with a newer Keras"
-        )
+        if contents.generation == 1:  # names no backend, but names of weights tell it
+            backend = contents.backend or keras1.backend_of(stored_names(file))
+            modern = keras1.modernise(config, what=str(path), backend=backend)
+            contents = replace(contents, config=modern, backend=backend)
     return contents
 
 
@@ -127,7 +133,7 @@ def is_weights(file: h5py.File) -> bool:
 def fill(path: Path, model: keras.Model, contents: Contents) -> list[str]:
     """Give a model that was built from a legacy description its weights; returns notices."""
     with open_checked(path, str(path)) as file:
-        return fill_hdf5(file, model, what=str(path), backend=contents.backend, unused=unused(contents.config))
+        return fill_hdf5(file, model, contents.config, what=str(path), backend=contents.backend)
 
 
 def build(path: Path, custom_objects: Mapping[str, Any], safe_mode: bool) -> keras.Model:

@@ -1,18 +1,18 @@
 """Models of older generations as Keras 3 layers, without the package that saved them.
 
 A file of Keras 1 or 2, tf.keras or tf-keras describes its model in JSON. That description becomes a normal form: the
-same graph, with the classes and arguments of Keras 3 (``config``, a table of what changed in which version). The
-normal form is judged like any other description (``deploykit.load.safety``), built by calling the layers along the
-recorded graph (``graph``; plain TensorFlow operations through ``operations``), and filled with the arrays of the file
-(``weights``).
+same graph, with the classes and arguments of Keras 3 (``config``, a table of what changed in which version; ``keras1``
+takes the first generation to the second). The normal form is judged like any other description
+(``deploykit.load.safety``), built by calling the layers along the recorded graph (``graph``; plain TensorFlow
+operations through ``operations``), and filled with the arrays of the file (``weights``).
 
 Nothing that could change an answer is dropped in silence: an argument without an equivalent is refused by name, a
 function that changed its meaning is replaced by an exact equivalent, and what does not touch inference (initializers,
 regularizers, constraints of unknown classes) goes with a notice.
 """
 
-from deploykit.load.legacy.config import Translated, modern_name, translate, unused
+from deploykit.load.legacy.config import Translated, modern_name, translate
 from deploykit.load.legacy.graph import build
-from deploykit.load.legacy.weights import fill_archive, fill_hdf5, steepen
+from deploykit.load.legacy.weights import fill_archive, fill_hdf5, steepen, stored_names
 
-__all__ = ["Translated", "build", "fill_archive", "fill_hdf5", "modern_name", "steepen", "translate", "unused"]
+__all__ = ["Translated", "build", "fill_archive", "fill_hdf5", "modern_name", "steepen", "stored_names", "translate"]

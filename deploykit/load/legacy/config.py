@@ -172,12 +172,14 @@ class Translated:
     notices: tuple[str, ...]
 
 
-def translate(config: Mapping[str, Any], *, what: str, given: Collection[str] = ()) -> Translated:
+def translate(
+    config: Mapping[str, Any], *, what: str, given: Collection[str] = (), backend: str | None = None
+) -> Translated:
     """The normal form of a legacy description; ``given`` are the names of the user's own classes.
 
     Raises UnsupportedModelError for what has no exact equivalent, LoadError for a description that is no model.
     """
-    job = _Translation(what, frozenset(given))
+    job = _Translation(what, frozenset(given), backend == "theano")
     try:
         model = job.model(config, None)
     except (KeyError, TypeError, AttributeError, IndexError) as error:
@@ -247,9 +249,10 @@ def is_keras_layer(name: str) -> bool:
 class _Translation:
     """One file; collects what is to be told."""
 
-    def __init__(self, what: str, given: frozenset[str]) -> None:
+    def __init__(self, what: str, given: frozenset[str], theano: bool) -> None:
         self.what = what
         self.given = given
+        self.theano = theano
         self.notices: list[str] = []
 
     # ------------------------------------------------------------------------------------------------ models
@@ -422,6 +425,11 @@ class _Translation:
                     "build the model without it"
                 )
             (arguments["axis"],) = arguments["axis"]
+        if self.theano and arguments.get("padding") == "same" and not _pads_alike(arguments):
+            raise UnsupportedModelError(
+                f"{label} pads as Theano does, with half of its window in front whatever its stride, which no layer of "
+                "Keras 3 does; build the model with explicit padding"
+            )
         for key in ("activation", "recurrent_activation"):
             if arguments.get(key) == "hard_sigmoid" and kind != "Activation" and (kind, key) not in STEEPER:
                 raise UnsupportedModelError(
@@ -463,6 +471,19 @@ def _camel(name: str) -> str:
     if name in short:
         return short[name]
     return name if re.match("[A-Z]", name) else "".join(part.capitalize() for part in name.split("_"))
+
+
+def _pads_alike(arguments: Mapping[str, Any]) -> bool:
+    """Whether Theano's "same" is TensorFlow's: windows of odd reach that move by one; its poolings count borders."""
+    if "pool_size" in arguments:
+        return set(_sizes(arguments["pool_size"])) == {1}
+    kernel, dilation = _sizes(arguments.get("kernel_size", 1)), _sizes(arguments.get("dilation_rate", 1))
+    odd = all((size - 1) * max(dilation) % 2 == 0 for size in kernel)
+    return odd and set(_sizes(arguments.get("strides") or 1)) == {1}
+
+
+def _sizes(value: Any) -> list[int]:
+    return list(value) if isinstance(value, (list, tuple)) else [int(value)]
 
 
 def _plain_dtype(dtype: Any) -> str | None:

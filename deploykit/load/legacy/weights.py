@@ -19,7 +19,7 @@ kind ("kernel", "gamma", ...), and nothing is left over on either side.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,7 +30,8 @@ import numpy.typing as npt
 
 from deploykit.errors import LoadError, UnsupportedModelError
 from deploykit.load.contents import printable, text_of
-from deploykit.load.legacy.config import MODELS, PRUNED, STEEPER, modern_name
+from deploykit.load.legacy import keras1
+from deploykit.load.legacy.config import MODELS, PRUNED, STEEPER, modern_name, unused
 
 L = keras.layers
 Array = npt.NDArray[Any]
@@ -84,9 +85,10 @@ def _rotated(kernel: Array, ranks: int) -> Array:
 
 
 GATES = {L.LSTM: 4, L.GRU: 3}
+CONVOLUTIONAL_CELLS = (L.ConvLSTM1D, L.ConvLSTM2D, L.ConvLSTM3D)  # the recurrent kernel is one too
 CONVOLUTIONS = (
     *(L.Conv1D, L.Conv2D, L.Conv3D, L.Conv1DTranspose, L.Conv2DTranspose, L.Conv3DTranspose),
-    *(L.DepthwiseConv1D, L.DepthwiseConv2D, L.ConvLSTM1D, L.ConvLSTM2D, L.ConvLSTM3D),
+    *(L.DepthwiseConv1D, L.DepthwiseConv2D, *CONVOLUTIONAL_CELLS),
     *(L.SeparableConv1D, L.SeparableConv2D),
 )
 
@@ -184,7 +186,9 @@ class Filler:
         if gates is not None and len(arrays) == 3 and arrays[2].shape == (2 * gates * leaf.units,):  # two biases
             arrays = _from_cudnn(arrays, gates)
         if self.theano and isinstance(leaf, CONVOLUTIONS):
-            arrays = [_rotated(arrays[0], len(leaf.kernel_size)), *arrays[1:]]
+            kernels = 2 if isinstance(leaf, CONVOLUTIONAL_CELLS) else 1
+            rotated = [_rotated(kernel, len(leaf.kernel_size)) for kernel in arrays[:kernels]]
+            arrays = [*rotated, *arrays[kernels:]]
             self.notices.append("saved on Theano: its convolution kernels are rotated by 180 degrees")
         arrays = arrays if self.modern else _steeper(leaf, arrays)
         for weight, array in zip(weights, arrays, strict=True):
@@ -209,33 +213,48 @@ def _strings(group: Any, name: str) -> list[str]:
     return [text_of(text) or "" for piece in pieces for text in piece]
 
 
+def stored_names(file: h5py.File) -> list[str]:
+    """What a file calls its arrays."""
+    groups = file.get("model_weights", file)
+    return [weight for layer in _strings(groups, "layer_names") for weight in _strings(groups[layer], "weight_names")]
+
+
 def fill_hdf5(
-    file: h5py.File, model: keras.Model, *, what: str, backend: str | None, unused: Collection[str] = ()
+    file: h5py.File,
+    model: keras.Model,
+    config: Mapping[str, Any] | None = None,
+    *,
+    what: str,
+    backend: str | None,
 ) -> list[str]:
     """Fill a model from the layer groups of an open, checked HDF5 file; returns notices. Raises LoadError.
 
-    ``unused``: layers of the file that the model has not, because no output depends on them.
+    ``config``: the description in the same file, as Keras 2 has it; weights alone have none.
     """
     groups = file.get("model_weights", file)
-    stored: dict[str, list[Stored]] = {}
-    for name in _strings(groups, "layer_names"):
-        group = groups[name]
-        stored[modern_name(name)] = [
-            Stored(weight, np.asarray(group[weight])) for weight in _strings(group, "weight_names")
-        ]
+    names = _strings(groups, "layer_names")
+    arrays = {
+        name: [(weight, np.asarray(groups[name][weight])) for weight in _strings(groups[name], "weight_names")]
+        for name in names
+    }
     if "top_level_model_weights" in groups and _strings(groups["top_level_model_weights"], "weight_names"):
         raise UnsupportedModelError(f"{what} holds weights that belong to no layer; build the model from layers")
-    gone = {modern_name(name) for name in unused}
-    stored = {name: arrays for name, arrays in stored.items() if arrays and name not in gone}
+    version = text_of(groups.attrs.get("keras_version")) or text_of(file.attrs.get("keras_version")) or "1"
+    if version.startswith("1") and config is not None:
+        laid_out = keras1.rearranged_file(config, arrays, what=what)
+        found = {name: [Stored(None, array) for array in values] for name, values in laid_out.items()}
+    else:
+        found = {name: [Stored(weight, array) for weight, array in values] for name, values in arrays.items()}
+    gone = unused(config) if config is not None else ()  # the model has no layers on which no output depends
+    stored = {modern_name(name): values for name, values in found.items() if values and name not in gone}
     layers = [layer for layer in model.layers if layer.weights]
-    version = text_of(groups.attrs.get("keras_version")) or text_of(file.attrs.get("keras_version")) or ""
     filler = Filler(what, backend, modern=version.startswith("3."))
     by_name = {layer.name for layer in layers} == set(stored)
     if len(layers) != len(stored):
         raise LoadError(f"{what} has weights for {len(stored)} layers, its model has {len(layers)}; is it intact?")
     for layer, in_turn in zip(layers, stored.values(), strict=True):
-        arrays = stored[layer.name] if by_name else in_turn
-        filler.fill(layer, arrays, pruned=any(array.kind == "pruning_step" for array in arrays))
+        own = stored[layer.name] if by_name else in_turn
+        filler.fill(layer, own, pruned=any(array.kind == "pruning_step" for array in own))
     return list(dict.fromkeys(filler.notices))
 
 
