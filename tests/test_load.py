@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -781,6 +782,31 @@ def test_a_place_that_does_not_work(
     Path("leaves.py").write_text("raise SystemExit(3)")
     Path("hollow.py").write_text("from keras.layers import *")
     assert words in message(folder / "net.keras", CustomObjectError, custom_objects=[place])
+
+
+@pytest.mark.parametrize("kind", ["keras", "h5"])
+def test_what_serves_training_alone_is_never_missing(folder: Path, tmp_path: Path, kind: str) -> None:
+    def own(name: str, config: Config) -> Config:
+        return {"module": "mine", "class_name": name, "config": config, "registered_name": f"mine>{name}"}
+
+    lambdas = {"class_name": "__lambda__", "config": {"value": "4wAAAA=="}}
+    strange = {
+        "kernel_initializer": own("Odd", {"of": lambdas}),
+        "bias_regularizer": own("Dear", {}),
+        "kernel_constraint": own("Small", {"limit": 3}),
+    }
+    loaded = load(reconfigured(folder, tmp_path, kind, _inside("first", **strange)))
+    assert sum("it serves training" in notice for notice in loaded.notices) == 3
+    plain = load(folder / f"net.{kind}").model
+    x = np.ones((2, *plain.input_shape[1:]), "float32")
+    np.testing.assert_array_equal(loaded.model(x), plain(x))
+    loaded.model.save(tmp_path / "again.keras")  # nothing of it is left
+    assert load(tmp_path / "again.keras").notices == ()
+
+
+def test_a_missing_class_is_named_with_its_place(folder: Path, tmp_path: Path) -> None:
+    text = message(_needs_custom(folder, tmp_path, "keras"), CustomObjectError)
+    assert re.search(r"Scale( \(\w+\))? \(of layer '\w+'\)", text)
 
 
 def test_a_missing_function_is_named(folder: Path, tmp_path: Path, shop: Path) -> None:

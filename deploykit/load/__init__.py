@@ -24,7 +24,7 @@ import keras
 from deploykit.errors import CustomObjectError, DeploykitError, LoadError, UnsafeModelError, UnsupportedModelError
 from deploykit.files import sha256
 from deploykit.load import description, hdf5, keras3, legacy, savedmodel, state
-from deploykit.load.contents import Contents, named, text_of
+from deploykit.load.contents import Contents, named, printable, text_of
 from deploykit.load.custom import custom_objects as import_objects
 from deploykit.load.health import nonfinite_weights, refuse_rewriting
 from deploykit.load.safety import Findings, examine
@@ -117,7 +117,8 @@ def load(
         if contents.is_legacy:
             notices += translated.notices
         notices += _judged(findings, contents, path, allow_code)
-        objects = {**given, **findings.renamed}
+        notices += [f"{printable(name)} is unknown and left out; it serves training" for name in findings.untrained]
+        objects = {**given, **findings.renamed, **findings.untrained}
         with state.collected(notices), state.safe_mode(not allow_code), state.room_for(findings.parts):
             model, said = _built(reader, path, contents, config, objects, not allow_code)
             notices += said

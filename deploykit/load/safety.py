@@ -23,7 +23,7 @@ backend, not in code being run.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,14 +115,44 @@ FOREIGN = sys.stdlib_module_names | {"numpy", "tensorflow", "torch", "jax", "h5p
 class Findings:
     """What a description asks for beyond Keras' own parts.
 
-    ``code``: what would run code. ``missing``: names that were not given. ``renamed``: given objects under
-    the names that the file uses. ``parts``: how many objects are to be built.
+    ``code``: what would run code. ``missing``: names that were not given, with where they are needed.
+    ``untrained``: names that were not given and serve training alone -> what stands in for them. ``renamed``:
+    given objects under the names that the file uses. ``parts``: how many objects are to be built.
     """
 
     code: tuple[str, ...]
     missing: tuple[str, ...]
+    untrained: Mapping[str, type]
     renamed: Mapping[str, Any]
     parts: int
+
+
+class _Initializer(keras.initializers.Zeros):  # type: ignore[misc]
+    """Stands in for an initializer of the user's: the weights come from the file."""
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Any:
+        return keras.initializers.Zeros()
+
+
+class _Regularizer(keras.regularizers.Regularizer):  # type: ignore[misc]
+    """Stands in for a regularizer of the user's."""
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Any:
+        return keras.regularizers.L2(0.0)
+
+
+class _Constraint(keras.constraints.Constraint):  # type: ignore[misc]
+    """Stands in for a constraint of the user's."""
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Any:
+        return keras.constraints.Constraint()
+
+
+# Arguments of built-in layers that training alone reads: by the last word of their name.
+TRAINING: Mapping[str, type] = {"initializer": _Initializer, "regularizer": _Regularizer, "constraint": _Constraint}
 
 
 def examine(config: Mapping[str, Any], given: Mapping[str, Any], what: str = "the model") -> Findings:
@@ -132,19 +162,21 @@ def examine(config: Mapping[str, Any], given: Mapping[str, Any], what: str = "th
     ``what``, for a description that is not even well formed.
     """
     code: dict[str, None] = {}
-    missing: dict[str, None] = {}
+    missing: dict[str, list[str]] = {}  # name -> where it is needed
+    untrained: dict[str, type] = {}
     renamed: dict[str, Any] = {}
     parts = 0
-    stack: list[tuple[Any, str]] = [({key: config[key] for key in config if key != "compile_config"}, "the model")]
+    root = {key: config[key] for key in config if key != "compile_config"}
+    stack: list[tuple[Any, str, str]] = [(root, "the model", "")]
     while stack:
-        node, owner = stack.pop()
+        node, owner, key = stack.pop()
         if isinstance(node, (list, tuple)):
-            stack.extend((item, owner) for item in reversed(node))
+            stack.extend((item, owner, "") for item in reversed(node))
         if not isinstance(node, dict):
             continue
-        for key in PATH_KEYS:
-            if isinstance(node.get(key), str):
-                code[f"{owner} reads the file {printable(node[key])!r} as its {key}"] = None
+        for name in PATH_KEYS:
+            if isinstance(node.get(name), str):
+                code[f"{owner} reads the file {printable(node[name])!r} as its {name}"] = None
         if "class_name" in node:
             inner = node.get("config")
             parts += 1
@@ -154,15 +186,28 @@ def examine(config: Mapping[str, Any], given: Mapping[str, Any], what: str = "th
                 verdict = _judge(node, given)
             except TypeError as error:
                 raise LoadError(f"{what} is damaged: {owner} {error}; copy or save it again") from error
+            stand_in = TRAINING.get(key.rpartition("_")[2])
             if verdict.code:
                 code[f"{owner} {printable(verdict.code)}"] = None
-            if verdict.missing:
-                missing[printable(verdict.missing)] = None
+            elif verdict.missing and stand_in is not None and isinstance(inner, dict):
+                untrained[str(node.get("registered_name") or node["class_name"])] = stand_in
+                continue  # nothing of it is built
+            elif verdict.missing:
+                missing.setdefault(printable(verdict.missing), []).append(owner)
             renamed.update(verdict.renamed)
             if verdict.built_in and isinstance(inner, dict):
-                missing.update(dict.fromkeys(_unknown_strings(inner, given)))
-        stack.extend((value, owner) for value in reversed(list(node.values())))
-    return Findings(tuple(code), tuple(missing), renamed, parts)
+                for name in _unknown_strings(inner, given):
+                    missing.setdefault(name, []).append(owner)
+        stack.extend((value, owner, key) for key, value in reversed(list(node.items())))
+    return Findings(tuple(code), tuple(map(_where, missing.items())), untrained, renamed, parts)
+
+
+def _where(needed: tuple[str, Sequence[str]]) -> str:
+    """``Scale (of layer 'a' and 2 more)``"""
+    name, owners = needed
+    places = list(dict.fromkeys(owner for owner in owners if owner != "the model"))
+    more = f" and {len(places) - 1} more" if len(places) > 1 else ""
+    return f"{name} (of {places[0]}{more})" if places else name
 
 
 @dataclass(frozen=True)
