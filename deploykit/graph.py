@@ -627,6 +627,48 @@ class _Resampling(keras.layers.Layer):  # type: ignore[misc]
         return tuple(shape)
 
 
+# ------------------------------------------------------------------------------ channels in front, on a CPU
+
+_FORMATS = ("keras.src.layers.convolutional.", "keras.src.layers.pooling.", "keras.src.layers.reshaping.")
+
+
+def _turns(layer: Any) -> bool:
+    """Whether a layer keeps channels in front and has an equivalent that keeps them last."""
+    return getattr(layer, "data_format", None) == "channels_first" and type(layer).__module__.startswith(_FORMATS)
+
+
+def _moved(tensor: Any, source: int, target: int, name: str) -> Any:
+    result = keras.ops.moveaxis(tensor, source, target)
+    result._keras_history.operation.name = name
+    return result
+
+
+def runnable(model: Any) -> Any:
+    """A model that computes the same and that TensorFlow can run anywhere; the model itself where it can already.
+
+    TensorFlow has few kernels for channels_first on a CPU, so that such layers become their channels_last equivalents
+    between two transpositions: the same sums, and kernels have one layout in both formats. Limits: not inside wrappers,
+    recurrences and models that are called as a whole.
+    """
+    if not any(_turns(layer) for layer in functional_form(model)._flatten_layers()):
+        return model
+    return replay(trace(model), turned=True)
+
+
+def misplaced_biases(model: Any) -> tuple[str, ...]:
+    """Layers whose bias Keras' TensorFlow backend adds along the last axis although their channels are in front.
+
+    `keras.ops.add` goes by sizes, and takes a last axis that is as long as the bias for the channels. `runnable` adds
+    the bias per channel, as the layer means it.
+    """
+    if not any(_turns(layer) for layer in functional_form(model)._flatten_layers()):
+        return ()
+    found = trace(model)
+    biased = [node for node in found.nodes if _turns(node.layer) and getattr(node.layer, "use_bias", False)]
+    sizes = [(node.name, found.tensors[node.outputs[0]].shape) for node in biased]
+    return tuple(dict.fromkeys(name for name, shape in sizes if shape[-1] == shape[1]))
+
+
 # Activations that squash an output so far that differences in front of it hardly show behind it.
 _SQUASHING = {"softmax", "sigmoid", "log_softmax", "hard_sigmoid", "tanh"}
 
@@ -660,6 +702,7 @@ def replay(
     pads: Mapping[str, Padding] | None = None,
     dtype: str | None = None,
     logits: bool = False,
+    turned: bool = False,
 ) -> Any:
     """Build a new functional model from a trace.
 
@@ -672,6 +715,7 @@ def replay(
     ``dtype``: compute in this dtype throughout ("float64" for a reference).
     ``logits``: append, as further outputs, what goes into a final softmax, sigmoid or the like; such a model is
     for proofs, and its outputs' names are not kept.
+    ``turned``: layers that keep channels in front keep them last, as `runnable` says; nor are names kept then.
     """
     changes, swaps, pads = changes or {}, swaps or {}, pads or {}
     tensors: dict[int, Any] = {}
@@ -711,6 +755,10 @@ def replay(
                     tensors[node.outputs[0]] = padded
                     continue
                 tensors[node.inputs[0]] = padded  # for this call only
+            turns = turned and _turns(node.layer)
+            if turns:
+                whole = tensors[node.inputs[0]]
+                tensors[node.inputs[0]] = _moved(whole, 1, -1, f"{node.name}.turned.{node.index}")  # for this call only
             args, kwargs = tree.map_structure(put, node.args), tree.map_structure(put, node.kwargs)
             last = logits and any(found.is_output(index) for index in node.outputs)
             see = _squashes(node) if last and found.calls(node) == 1 else None
@@ -718,13 +766,15 @@ def replay(
                 extra.append(tensors[node.inputs[0]])
             new = layers.get(id(node.layer))
             if new is None:
-                change = dict(changes.get(node.name, {}))
+                change = {**changes.get(node.name, {}), **({"data_format": "channels_last"} if turns else {})}
                 if see == "split":
                     change["activation"] = "linear"
                 if dtype == "float64" and _resampled(found, node):
                     new = _Resampling(node.layer, found.tensors[node.inputs[0]].shape, dtype=dtype, name=node.name)
                 elif dtype == "float64" and _pools_cubes(found, node):
                     new = _Pooling3D(node.layer, dtype=dtype, name=node.name)
+                elif isinstance(node.layer, (_Resampling, _Pooling3D)):
+                    new = node.layer  # of a copy for proofs, which has no config
                 else:
                     new = _clone(node, change, dtype)
                 layers[id(node.layer)] = new
@@ -743,13 +793,15 @@ def replay(
             if see == "split":
                 extra.append(results)
                 results = L.Activation(node.layer.activation, dtype=dtype, name=f"{node.name}.{see}")(results)
+            if turns and len(results.shape) == len(found.tensors[node.inputs[0]].shape):
+                results = _moved(results, -1, 1, f"{node.name}.back.{node.index}")
             tensors.update(zip(node.outputs, tree.flatten(results), strict=True))
-            if pad is not None:
+            if pad is not None or turns:
                 tensors[node.inputs[0]] = whole
 
         inputs = tree.map_structure(lambda ref: tensors[found.inputs[ref.index]], found.input_structure)
         finals = [tensors[index] for index in found.outputs]
-        if not logits:
+        if not logits and not turned:
             finals = _named(found, finals, dropped)
         outputs = tree.map_structure(lambda ref: finals[ref.index], found.output_structure)
         if logits:
@@ -788,7 +840,7 @@ def run(model: Any, arrays: Mapping[str, npt.NDArray[Any]], *, batch: int = 32) 
 
     Returns the outputs in the model's flattened order.
     """
-    model = functional_form(model)
+    model = functional_form(runnable(model))
     call = flat_call(model)
     names = [symbol._keras_history.operation.name for symbol in model.inputs]
     fixed = model.inputs[0].shape[0]

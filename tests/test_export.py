@@ -99,7 +99,7 @@ def channels_first_3d() -> keras.Model:
 
 @net
 def bias_along_the_width() -> keras.Model:
-    """Keras' `add` takes the last axis for the channels when its size fits: the file must do the same."""
+    """Keras' `add` would take the last axis for the channels, because its size fits."""
     return keras.Model(i := L.Input((4, 8, 8)), L.Conv2D(6, 3, groups=2, data_format="channels_first")(i))
 
 

@@ -177,6 +177,57 @@ def test_a_copy_of_a_copy_has_the_same_config(make):
     assert graph.canonical(once).get_config() == once.get_config()
 
 
+# ------------------------------------------------------------------------------------------- channels in front
+
+IN_FRONT = {
+    "conv": ((3, 8, 7), lambda f: L.Conv2D(4, 3, padding="same", strides=2, data_format=f)),
+    "bias along the width": ((4, 8, 8), lambda f: L.Conv2D(6, 3, data_format=f)),
+    "conv1d": ((3, 9), lambda f: L.Conv1D(4, 3, data_format=f)),
+    "conv3d": ((3, 5, 6, 4), lambda f: L.Conv3D(4, 2, data_format=f)),
+    "groups": ((4, 8, 7), lambda f: L.Conv2D(6, 3, groups=2, data_format=f)),
+    "depthwise": ((3, 8, 7), lambda f: L.DepthwiseConv2D(3, depth_multiplier=2, data_format=f)),
+    "separable": ((3, 8, 7), lambda f: L.SeparableConv2D(5, 3, data_format=f)),
+    "transpose": ((3, 8, 7), lambda f: L.Conv2DTranspose(5, 3, strides=2, data_format=f)),
+    "max": ((3, 8, 7), lambda f: L.MaxPooling2D(padding="same", data_format=f)),
+    "average": ((3, 8, 7), lambda f: L.AveragePooling2D(2, data_format=f)),
+    "global": ((3, 8, 7), lambda f: L.GlobalAveragePooling2D(data_format=f)),
+    "global kept": ((3, 8, 7), lambda f: L.GlobalMaxPooling2D(data_format=f, keepdims=True)),
+    "upsampling": ((3, 4, 5), lambda f: L.UpSampling2D(2, interpolation="bilinear", data_format=f)),
+    "padding": ((3, 8, 7), lambda f: L.ZeroPadding2D(((1, 0), (2, 1)), data_format=f)),
+    "cropping": ((3, 8, 7), lambda f: L.Cropping2D(1, data_format=f)),
+    "flatten": ((3, 8, 7), lambda f: L.Flatten(data_format=f)),
+}
+
+
+@pytest.mark.parametrize("dtype", [None, "float64"])
+@pytest.mark.parametrize("row", IN_FRONT)
+def test_channels_in_front_give_what_channels_behind_give(row, dtype):
+    shape, make = IN_FRONT[row]
+    x = keras.Input(shape, name="x")
+    model = enliven(keras.Model(x, make("channels_first")(x)))
+    behind = keras.Input((*shape[1:], shape[0]), name="x")
+    other = keras.Model(behind, make("channels_last")(behind))
+    other.set_weights(model.get_weights())
+    models = [m if dtype is None else graph.replay(graph.trace(m), dtype=dtype) for m in (model, other)]
+    inputs = inputs_for(model)
+    (first,) = graph.run(models[0], inputs)
+    (last,) = graph.run(models[1], {"x": np.moveaxis(inputs["x"], 1, -1)})
+    last = np.moveaxis(last, -1, 1) if last.ndim == len(shape) + 1 else last
+    np.testing.assert_allclose(first, last, rtol=0, atol=1e-5 if dtype is None else 1e-13)
+
+
+def test_a_model_without_channels_in_front_is_run_as_it_is():
+    model = sequential()
+    assert graph.runnable(model) is model
+
+
+@pytest.mark.parametrize(("width", "found"), [(8, ("c",)), (9, ())])
+def test_a_bias_along_the_width_is_named(width, found):
+    x = keras.Input((4, 8, width))
+    model = keras.Model(x, L.Conv2D(6, 3, data_format="channels_first", name="c")(x))
+    assert graph.misplaced_biases(model) == found
+
+
 def test_logits_are_seen_in_front_of_a_softmax():
     model = enliven(functional())
     double = graph.replay(graph.trace(model), dtype="float64", logits=True)

@@ -46,7 +46,7 @@ from tf2onnx import tf_loader, tfonnx
 from tf2onnx.optimizer.transpose_optimizer import TransposeOptimizer
 
 from deploykit.errors import InputError, UnsupportedModelError
-from deploykit.graph import flat_call, functional_form
+from deploykit.graph import flat_call, functional_form, runnable
 from deploykit.signature import Signature
 
 SMALL_CONSTANT_BYTES = 1024  # constants up to this size may hold shapes and axes, and always stay in the graph
@@ -161,6 +161,7 @@ def _record_names(graph: Any, paths: dict[str, str]) -> None:
 
 def concrete(model: Any, signature: Signature, paths: dict[str, str]) -> Any:
     """Trace the model for a signature; ``paths`` is filled with the layer paths of TensorFlow's names."""
+    model = runnable(model)
     call = flat_call(model)
 
     def traced(*tensors: Any) -> list[Any]:

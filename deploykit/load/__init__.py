@@ -23,6 +23,7 @@ import keras
 
 from deploykit.errors import CustomObjectError, DeploykitError, LoadError, UnsafeModelError, UnsupportedModelError
 from deploykit.files import sha256
+from deploykit.graph import misplaced_biases
 from deploykit.load import description, hdf5, keras3, legacy, savedmodel, state
 from deploykit.load.contents import Contents, named, printable, text_of
 from deploykit.load.custom import custom_objects as import_objects
@@ -125,6 +126,11 @@ def load(
             if weights is not None:
                 notices += _fill(model, Path(weights))
                 notices.append(f"weights filled from {weights} (sha256 {_fingerprint(Path(weights))})")
+    if not contents.is_legacy and (odd := misplaced_biases(model)):
+        notices.append(
+            f"Keras' TensorFlow backend adds the bias of {', '.join(odd[:3])} along the last axis, which is as long as "
+            "their channels; deploykit adds it per channel, as it is meant"
+        )
     if not allow_nonfinite and (bad := nonfinite_weights(model)):
         more = f" and {len(bad) - 1} more weights" if len(bad) > 1 else ""
         raise LoadError(f"{path}: {bad[0]}{more}; the training diverged, go back to an earlier checkpoint")

@@ -19,7 +19,7 @@ import numpy as np
 import tensorflow as tf
 
 from deploykit.errors import DataError, InputError, LoadError, UnsupportedModelError
-from deploykit.graph import flat_call, signature
+from deploykit.graph import flat_call, runnable, signature
 from deploykit.load import load
 from deploykit.runtimes import Array, fitted
 
@@ -45,7 +45,7 @@ class KerasSession:
         self.signature = signature(model)
         specs = [tf.TensorSpec(spec.shape, spec.dtype) for spec in self.signature.inputs]
         try:
-            self._call: Any = tf.function(flat_call(model), autograph=False).get_concrete_function(*specs)
+            self._call: Any = tf.function(flat_call(runnable(model)), autograph=False).get_concrete_function(*specs)
         except Exception as error:  # whatever the model's layers raise
             raise UnsupportedModelError(f"model {model.name} cannot be traced: {_cause(error)}") from error
 
