@@ -258,6 +258,18 @@ def test_a_net_as_keras_20_wrote_it_answers_alike(name, nets, tmp_path):
     agrees(edited(nets / f"{name}.h5", tmp_path / "old.model", as_in_keras_20, "2.0.5"), nets, name)
 
 
+@pytest.mark.parametrize("name", ["conv2d_groups", "padding", "merges"])
+def test_marked_tuples_are_lists(name, nets, tmp_path):
+    def marked(value):
+        if isinstance(value, list) and value and all(isinstance(item, int | None) for item in value):
+            return {"class_name": "__tuple__", "items": value}
+        if isinstance(value, dict):
+            return {key: marked(item) for key, item in value.items()}
+        return [marked(item) for item in value] if isinstance(value, list) else value
+
+    agrees(edited(nets / f"{name}.h5", tmp_path / "m.h5", marked), nets, name)
+
+
 def test_a_gru_that_does_not_say_resets_before(nets, tmp_path):
     def forget(config):
         for entry in config["config"]["layers"]:

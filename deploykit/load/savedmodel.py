@@ -48,7 +48,7 @@ from tensorflow.core.protobuf.trackable_object_graph_pb2 import TrackableObjectG
 from deploykit.errors import LoadError, UnsafeModelError, UnsupportedModelError
 from deploykit.files import sha256 as sha256_of_file
 from deploykit.load.contents import Contents, parse_config, printable, text_of
-from deploykit.load.legacy import modern_name, steepen
+from deploykit.load.legacy import modern_name, plain, steepen
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Bits = np.ndarray[Any, np.dtype[np.uint32]]
@@ -137,7 +137,7 @@ def peek(path: Path) -> Contents:
     document = parse_config(text, f"the Keras metadata of {path}")
     model = document.get("model_config")
     model = model if isinstance(model, dict) and isinstance(model.get("config"), dict) else document
-    name, config = model.get("class_name"), _plain(model.get("config"))
+    name, config = model.get("class_name"), plain(model.get("config"))
     if not isinstance(name, str) or identifier not in MODELS:
         raise UnsupportedModelError(
             f"{path} holds {printable(str(name))} ({printable(identifier)}), which is no Keras model; "
@@ -367,17 +367,6 @@ def _described(path: Path) -> dict[int, tuple[str, bytes]]:
                 raise ValueError("a field of another type")
             found[number] = identifier.decode(), text
     return found
-
-
-def _plain(value: Any) -> Any:
-    """A config as an HDF5 file holds it: what was a tuple or a TensorShape is a list."""
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    if value.get("class_name") in ("__tuple__", "TensorShape") and "items" in value:
-        return _plain(value["items"])
-    return {key: _plain(item) for key, item in value.items()}
 
 
 def _refuse_learnt(config: object, path: Path) -> None:

@@ -11,8 +11,18 @@ function that changed its meaning is replaced by an exact equivalent, and what d
 regularizers, constraints of unknown classes) goes with a notice.
 """
 
-from deploykit.load.legacy.config import Translated, modern_name, translate
+from deploykit.load.legacy.config import Translated, modern_name, plain, translate
 from deploykit.load.legacy.graph import build
 from deploykit.load.legacy.weights import fill_archive, fill_hdf5, steepen, stored_names
 
-__all__ = ["Translated", "build", "fill_archive", "fill_hdf5", "modern_name", "steepen", "stored_names", "translate"]
+__all__ = [
+    "Translated",
+    "build",
+    "fill_archive",
+    "fill_hdf5",
+    "modern_name",
+    "plain",
+    "steepen",
+    "stored_names",
+    "translate",
+]

@@ -181,10 +181,19 @@ def translate(
     """
     job = _Translation(what, frozenset(given), backend == "theano")
     try:
-        model = job.model(config, None)
+        model = job.model(plain(config), None)
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise LoadError(f"{what} is damaged: its description is not that of a model; copy or save it again") from error
     return Translated(model, tuple(dict.fromkeys(job.notices)))
+
+
+def plain(value: Any) -> Any:
+    """JSON in which tuples and shapes, which tf.keras marks, are lists: nothing here needs to know the difference."""
+    if isinstance(value, Mapping):
+        if value.get("class_name") in ("__tuple__", "TensorShape") and isinstance(value.get("items"), list):
+            return [plain(item) for item in value["items"]]
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list) else value
 
 
 def is_reference(value: Any) -> bool:
