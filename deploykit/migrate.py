@@ -244,6 +244,8 @@ def _proven(
     clock: Clock,
 ) -> Proof:
     safe = not loaded.options["allow_code"]
+    if loaded.generation == 1:  # its description is rewritten before it is scanned: tf_keras must not see the file
+        raise UnsupportedModelError(f"{loaded.path} was saved by Keras 1, which no maintained package reads")
     with loaded.scope():
         new = _read_back(written, safe)
         found = trace(new)

@@ -687,6 +687,15 @@ def test_a_model_answers_as_in_keras_1(name, tmp_path):
 # ------------------------------------------------------------------------------------------------ descriptions
 
 
+def test_migrating_is_unproven_for_no_package_reads_it(cli, tmp_path):
+    model, groups, *_ = CASES["dense_relu"][0]()
+    path, target = k1.write(tmp_path / "old.h5", model, groups), tmp_path / "new.keras"
+    code, _, err = cli("migrate", path, "-o", target)
+    assert (code, "no maintained package" in err, target.exists()) == (2, True, False)
+    assert cli("migrate", path, "-o", target, "--unproven")[0] == 0
+    assert deploykit.load(target).generation == 3
+
+
 def test_arguments_have_the_names_of_keras_2():
     one, _ = conv2d("c", 3, 4, 3, 2, shape=[3, 6, 5], order="th")
     one["config"] |= {
