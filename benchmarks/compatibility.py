@@ -95,8 +95,8 @@ def _lines() -> Iterator[str]:
     yield ""
     refused = sorted({**keras1.REFUSED, **config.REFUSED}.items())
     yield from _table(("class", "because it"), ((f"`{kind}`", why) for kind, why in refused))
-    yield "Of files saved under Theano also `same` padding that TensorFlow does otherwise (even kernels, strides), where it"
-    yield "is not Keras 1's convolution, which becomes a padding and a convolution."
+    yield "Of files saved under Theano also `same` padding that TensorFlow does otherwise (even kernels, strides);"
+    yield "Keras 1's convolution with it becomes a padding and a convolution."
     yield ""
     yield "In a SavedModel also what was learnt and lies in its graph alone:"
     yield ""
