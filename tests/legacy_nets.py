@@ -280,6 +280,22 @@ def nested_partly_frozen(k):
 
 
 @net
+def nested_frozen_in_front(k):
+    """Its weights come last in the file: trainable ones first."""
+    a = k.Input((8, 7, 3))
+    y = k.layers.Conv2D(4, 3, name="conv", trainable=False)(a)
+    body = k.Model(a, k.layers.Conv2D(4, 3, name="thawed")(k.layers.ReLU()(y)), name="body")
+    x = k.Input((8, 7, 3))
+    return k.Model(x, k.layers.Flatten()(body(x)))
+
+
+@net
+def nested_at_the_end(k):
+    x = k.Input((8, 7, 3))
+    return k.Model(x, _body(k)(x))
+
+
+@net
 def nested_twice(k):
     a, b = k.Input((8, 7, 3)), k.Input((8, 7, 3))
     body = _body(k)

@@ -108,6 +108,8 @@ def test_names_and_flags_survive(nets):
     assert [layer.name for layer in body.layers][1:3] == ["conv", "bn"]
     assert not body.trainable
     assert model.layers[-1].trainable
+    partly = load(nets / "nested_partly_frozen.h5").model.get_layer("body")
+    assert [partly.get_layer(name).trainable for name in ("conv", "bn")] == [True, False]
 
 
 # ------------------------------------------------------------------------------ description and weights apart

@@ -53,7 +53,8 @@ class _Builder:
 
     def model(self, model: Mapping[str, Any]) -> keras.Model:
         made = self.functional(model) if model["model"] == "Functional" else self.sequential(model)
-        made.trainable = bool(model["trainable"])
+        if not model["trainable"]:  # which freezes all that is inside; True would thaw it
+            made.trainable = False
         return made
 
     def sequential(self, model: Mapping[str, Any]) -> keras.Sequential:
@@ -65,7 +66,7 @@ class _Builder:
         return keras.Sequential(layers, name=model["name"])
 
     def functional(self, model: Mapping[str, Any]) -> keras.Model:
-        graph = _Graph(model["layers"])
+        graph = _Graph(model)
         tensors: dict[Reference, Any] = {}
         calls: dict[str, Callable[..., list[Any]]] = {}
         waiting: list[tuple[str, int, Any]] = []
@@ -168,13 +169,13 @@ class _Builder:
 class _Graph:
     """How the calls of each layer are counted in one functional graph."""
 
-    def __init__(self, layers: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(self, model: Mapping[str, Any]) -> None:
         said: dict[str, set[int]] = {}
-        for entry in layers:
-            for reference in references(entry["inbound_nodes"]):
+        for nest in (model["output_layers"], *(entry["inbound_nodes"] for entry in model["layers"])):
+            for reference in references(nest):
                 said.setdefault(reference[0], set()).add(reference[1])
         self.first: dict[str, int] = {}
-        for entry in layers:
+        for entry in model["layers"]:
             if "nested" in entry:
                 calls, indices = len(entry["inbound_nodes"]), said.get(entry["name"], set())
                 known = entry["nested"]["model"] == "Functional" or entry["nested"]["input"] is not None
