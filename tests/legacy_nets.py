@@ -296,6 +296,15 @@ def nested_at_the_end(k):
 
 
 @net
+def branches(k):
+    """Layers of one shape on branches of different length."""
+    x = k.Input((6,))
+    short = k.layers.Dense(6, name="short")(x)
+    long = k.layers.Dense(6, name="long_2")(k.layers.Dense(6, name="long_1")(x))
+    return k.Model(x, k.layers.Subtract()([short, k.layers.Dense(6, name="last")(long)]))
+
+
+@net
 def nested_twice(k):
     a, b = k.Input((8, 7, 3)), k.Input((8, 7, 3))
     body = _body(k)

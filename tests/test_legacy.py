@@ -131,6 +131,19 @@ def test_a_description_is_filled_from_a_file_beside_it(weights, nets, tmp_path):
     assert distance(answers(loaded.model, inputs), wanted) < 2e-6
 
 
+def test_weights_under_other_names_are_taken_in_the_order_of_the_description(nets, tmp_path):
+    """A net that was built again in the same session has its layers counted on; two branches, other than by depth."""
+    shutil.copy(nets / "branches.h5", path := tmp_path / "weights.h5")
+    with h5py.File(path, "r+") as file:
+        group = file["model_weights"]
+        for name in map(text_of, group.attrs["layer_names"]):
+            group.move(name, f"{name}_7")
+        group.attrs["layer_names"] = [f"{text_of(name)}_7" for name in group.attrs["layer_names"]]
+    inputs, wanted = known(nets, "branches")
+    loaded = load(described(nets, "branches", tmp_path / "net.json"), weights=path)
+    assert distance(answers(loaded.model, inputs), wanted) < 2e-6
+
+
 def test_a_description_of_keras_3_is_filled_too(tmp_path):
     model = keras.Sequential([keras.Input((6,)), L.Dense(3, activation="hard_sigmoid")])
     (tmp_path / "net.json").write_text(model.to_json())

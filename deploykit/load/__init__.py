@@ -124,7 +124,7 @@ def load(
             model, said = _built(reader, path, contents, config, objects, not allow_code)
             notices += said
             if weights is not None:
-                notices += _fill(model, Path(weights))
+                notices += _fill(model, Path(weights), contents)
                 notices.append(f"weights filled from {weights} (sha256 {_fingerprint(Path(weights))})")
     if not contents.is_legacy and (odd := misplaced_biases(model)):
         notices.append(
@@ -276,7 +276,7 @@ def _lacks_input_shape(config: Mapping[str, Any]) -> bool:
     return False
 
 
-def _fill(model: keras.Model, weights: Path) -> list[str]:
+def _fill(model: keras.Model, weights: Path, described: Contents) -> list[str]:
     """Fill a model from a weights file or another model file, recognised by content; returns notices."""
     reader = _reader(weights)
     suffix = ".keras"
@@ -284,7 +284,8 @@ def _fill(model: keras.Model, weights: Path) -> list[str]:
         with hdf5.open_checked(weights, str(weights)) as file:
             if "layer_names" in file.attrs or "layer_names0" in file.attrs or "model_weights" in file:
                 backend = text_of(file.attrs.get("backend"))
-                return legacy.fill_hdf5(file, model, what=str(weights), backend=backend)
+                order = legacy.layer_order(described.config)
+                return legacy.fill_hdf5(file, model, what=str(weights), backend=backend, order=order)
             if not hdf5.is_weights(file):
                 raise LoadError(f"{weights} holds no weights; pass a file written by model.save_weights()")
             suffix = ".weights.h5"

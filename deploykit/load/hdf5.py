@@ -21,7 +21,7 @@ import keras
 
 from deploykit.errors import LoadError, UnsafeModelError
 from deploykit.load.contents import Contents, named, parse_config, printable, text_of
-from deploykit.load.legacy import fill_hdf5, keras1, stored_names
+from deploykit.load.legacy import fill_hdf5, keras1, layer_order, stored_names
 
 MAGIC = b"\x89HDF\r\n\x1a\n"
 
@@ -133,7 +133,8 @@ def is_weights(file: h5py.File) -> bool:
 def fill(path: Path, model: keras.Model, contents: Contents) -> list[str]:
     """Give a model that was built from a legacy description its weights; returns notices."""
     with open_checked(path, str(path)) as file:
-        return fill_hdf5(file, model, contents.config, what=str(path), backend=contents.backend)
+        order = layer_order(contents.config)
+        return fill_hdf5(file, model, contents.config, what=str(path), backend=contents.backend, order=order)
 
 
 def build(path: Path, custom_objects: Mapping[str, Any], safe_mode: bool) -> keras.Model:

@@ -13,13 +13,14 @@ regularizers, constraints of unknown classes) goes with a notice.
 
 from deploykit.load.legacy.config import Translated, modern_name, plain, translate
 from deploykit.load.legacy.graph import build
-from deploykit.load.legacy.weights import fill_archive, fill_hdf5, steepen, stored_names
+from deploykit.load.legacy.weights import fill_archive, fill_hdf5, layer_order, steepen, stored_names
 
 __all__ = [
     "Translated",
     "build",
     "fill_archive",
     "fill_hdf5",
+    "layer_order",
     "modern_name",
     "plain",
     "steepen",

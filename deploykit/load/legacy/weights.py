@@ -213,6 +213,14 @@ def _strings(group: Any, name: str) -> list[str]:
     return [text_of(text) or "" for piece in pieces for text in piece]
 
 
+def layer_order(config: Mapping[str, Any]) -> list[str]:
+    """The layers of a functional description in its own order; a Sequential has no other."""
+    inner = config["config"]
+    if MODELS.get(config["class_name"]) != "Functional" or not isinstance(inner, Mapping):
+        return []
+    return [entry["name"] for entry in inner["layers"]]
+
+
 def stored_names(file: h5py.File) -> list[str]:
     """What a file calls its arrays."""
     groups = file.get("model_weights", file)
@@ -226,10 +234,13 @@ def fill_hdf5(
     *,
     what: str,
     backend: str | None,
+    order: Sequence[str] = (),
 ) -> list[str]:
     """Fill a model from the layer groups of an open, checked HDF5 file; returns notices. Raises LoadError.
 
-    ``config``: the description in the same file, as Keras 2 has it; weights alone have none.
+    ``config``: the description in the same file, as Keras 2 has it; weights alone have none. Groups belong to layers by
+    name, or in turn where the names are not the same (a net that was built again counts its layers on): ``order`` are
+    the layers as the description lists them, which is not the order of Keras 3.
     """
     groups = file.get("model_weights", file)
     names = _strings(groups, "layer_names")
@@ -247,7 +258,8 @@ def fill_hdf5(
         found = {name: [Stored(weight, array) for weight, array in values] for name, values in arrays.items()}
     gone = unused(config) if config is not None else ()  # the model has no layers on which no output depends
     stored = {modern_name(name): values for name, values in found.items() if values and name not in gone}
-    layers = [layer for layer in model.layers if layer.weights]
+    turn = {modern_name(name): number for number, name in enumerate(order)}
+    layers = sorted((layer for layer in model.layers if layer.weights), key=lambda layer: turn.get(layer.name, 0))
     filler = Filler(what, backend, modern=version.startswith("3."))
     by_name = {layer.name for layer in layers} == set(stored)
     if len(layers) != len(stored):
