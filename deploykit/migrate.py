@@ -22,7 +22,9 @@ the caller asks for an unproven file. Theano's kernels are such a case: tf_keras
 
 Safety. tf_keras runs bytecode and imports modules at the word of a file. It gets a private copy, and only after that
 copy, not the original, has passed `deploykit.load` once more and its description, as it stands in the file, names
-nothing but Keras' own parts: what is dropped when Keras 3 layers are made (a regularizer) tf_keras would still build.
+nothing but Keras' own parts: what is dropped when Keras 3 layers are made (a regularizer, an operation on which no
+output depends) tf_keras would still build, and call. The graph of a SavedModel it runs whatever is in it, so that such
+a folder is shown to it only where code was allowed.
 
 Limits: user classes for Keras 3 are no use to tf_keras; a file that needs them cannot be proven.
 """
@@ -66,6 +68,7 @@ from deploykit.fuse.proof import Reference
 from deploykit.graph import Trace, float32_only, replay, run, trace, values_per_sample
 from deploykit.load import READERS, Loaded, load, state
 from deploykit.load.contents import printable
+from deploykit.load.legacy import operations
 from deploykit.load.safety import examine
 from deploykit.runtimes import tf_keras_process as process
 
@@ -87,12 +90,6 @@ FLOAT64 = Policy(
 
 # Where a module in a description may point: Keras' own parts, by the names of its generations.
 KERAS_MODULES = ("builtins", "keras", "tf_keras")
-
-# Operations of a SavedModel's graphs that reach outside it.
-REACHING_OUT = {
-    *("ReadFile", "WriteFile", "MatchingFiles", "ImmutableConst", "PrintV2", "CreateSummaryFileWriter"),
-    *("PyFunc", "PyFuncStateless", "EagerPyFunc", "DebugIdentity", "DebugIdentityV2", "DebugNumericSummaryV2"),
-}
 
 _HINT = "; --unproven writes it anyway"
 _UNPROVABLE = (UnsupportedModelError, MissingComponentError, ProofError, DataError)
@@ -328,10 +325,13 @@ def _refuse_code(loaded: Loaded, copy: Path) -> None:
     """Raise where tf_keras would run or import what the file names; see the module's docstring."""
     if loaded.options["allow_code"]:
         return
-    config = next(reader for reader in READERS if reader.format == loaded.format).peek(copy).config
-    found = [*examine(config, {}, str(loaded.path)).code, *_foreign(config)]
     if copy.is_dir():
-        found += [f"its graph calls {name}" for name in _reaching_out(copy)]
+        raise UnsupportedModelError(
+            f"{loaded.path} is a SavedModel folder, whose graph tf_keras runs as it loads it; "
+            "--allow-code lets it, if you trust its author"
+        )
+    config = next(reader for reader in READERS if reader.format == loaded.format).peek(copy).config
+    found = [*examine(config, {}, str(loaded.path)).code, *_foreign(config), *_operations(config)]
     if found:
         raise UnsupportedModelError(
             f"{loaded.path} cannot be proven: tf_keras would act on what the file names and was not run ({found[0]})"
@@ -351,19 +351,23 @@ def _foreign(config: Any) -> Iterator[str]:
         module, name = node.get("module"), node.get("class_name")
         if isinstance(module, str) and "class_name" in node and module.partition(".")[0] not in KERAS_MODULES:
             yield f"{printable(str(name))} of the module {printable(module)}"
+        if node.get("class_name") == "function" and module not in (None, "builtins", "keras.activations"):
+            yield f"the function {printable(str(node.get('config')))} of the module {printable(str(module))}"
         bytecode = [key for key, value in node.items() if str(key).endswith("_type") and value == "lambda"]
         if bytecode:
             yield f"{printable(str(bytecode[0]))}: Python bytecode"
 
 
-def _reaching_out(folder: Path) -> list[str]:
-    from tensorflow.core.protobuf import saved_model_pb2  # TensorFlow is here already; its name for it is not public
-
-    model = saved_model_pb2.SavedModel()
-    model.ParseFromString((folder / "saved_model.pb").read_bytes())
-    graphs = [meta.graph_def for meta in model.meta_graphs]
-    parts = [part for graph in graphs for part in (graph.node, *(f.node_def for f in graph.library.function))]
-    return sorted({node.op for part in parts for node in part} & REACHING_OUT)
+def _operations(config: Any) -> Iterator[str]:
+    """Operations outside the table: tf_keras calls any function of TensorFlow, on constants at once, as it loads."""
+    stack = [config]
+    while stack:
+        node = stack.pop()
+        stack.extend(node if isinstance(node, list) else node.values() if isinstance(node, dict) else ())
+        kind, inner = (node.get("class_name"), node.get("config")) if isinstance(node, dict) else (None, None)
+        known = isinstance(inner, dict) and isinstance(kind, str) and operations.known(kind, inner)
+        if isinstance(kind, str) and kind in operations.CLASSES and not known:
+            yield f"the operation {printable(str(inner))}"
 
 
 # ------------------------------------------------------------------------------------------------ its witnesses

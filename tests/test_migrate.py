@@ -486,19 +486,6 @@ def test_what_is_seen_there_keeps_the_process_from_starting(old, tmp_path, monke
     assert not (tmp_path / "new.keras").exists()
 
 
-@pytest.mark.parametrize("inside_a_function", [False, True])
-def test_operations_of_a_graph_that_reach_outside_it_are_seen(tmp_path, inside_a_function):
-    from tensorflow.core.protobuf import saved_model_pb2
-
-    saved = saved_model_pb2.SavedModel()
-    graph = saved.meta_graphs.add().graph_def
-    part = graph.library.function.add().node_def if inside_a_function else graph.node
-    for name in ("MatMul", "WriteFile"):
-        part.add().op = name
-    (tmp_path / "saved_model.pb").write_bytes(saved.SerializeToString())
-    assert migrating._reaching_out(tmp_path) == ["WriteFile"]
-
-
 # ------------------------------------------------------------------------------------------------------- bad usage
 
 

@@ -210,7 +210,7 @@ def _judged(findings: Findings, contents: Contents, path: Path, allow_code: bool
 
 def _newer(contents: Contents) -> str | None:
     """The Keras that saved the file, when it is newer than the one installed."""
-    said = [int(part) for part in (contents.saved_by or "").split(".")[:2] if part.isdigit()]
+    said = [int(part) for part in (contents.saved_by or "").split(".")[:2] if part.isdecimal()]
     return f"the newer Keras {contents.saved_by}" if said > list(map(int, keras.__version__.split(".")[:2])) else None
 
 
@@ -278,6 +278,17 @@ def _lacks_input_shape(config: Mapping[str, Any]) -> bool:
 
 def _fill(model: keras.Model, weights: Path, described: Contents) -> list[str]:
     """Fill a model from a weights file or another model file, recognised by content; returns notices."""
+    try:
+        return _filled(model, weights, described)
+    except DeploykitError:
+        raise
+    except Exception as error:  # a file of another model, or a damaged one, fails anywhere in Keras and h5py
+        raise LoadError(
+            f"the weights in {weights} do not fit the model ({_cause(error)}); pass the weights of this very model"
+        ) from error
+
+
+def _filled(model: keras.Model, weights: Path, described: Contents) -> list[str]:
     reader = _reader(weights)
     suffix = ".keras"
     if reader.format == "hdf5":
@@ -295,13 +306,8 @@ def _fill(model: keras.Model, weights: Path, described: Contents) -> list[str]:
         contents = reader.peek(weights)
         if contents.is_legacy or reader.build is None:
             return reader.fill(weights, model, contents)
-    try:
-        with named(weights, suffix) as name:
-            model.load_weights(name)
-    except Exception as error:  # a file of another model fails anywhere in Keras
-        raise LoadError(
-            f"the weights in {weights} do not fit the model ({_cause(error)}); pass the weights of this very model"
-        ) from error
+    with named(weights, suffix) as name:
+        model.load_weights(name)
     return []
 
 

@@ -48,7 +48,7 @@ class Contents:
     def generation(self) -> int:
         """Major version of the Keras that saved the file."""
         major = (self.saved_by or "").partition(".")[0]
-        return int(major) if major.isdigit() and len(major) < 4 else self.assumed
+        return int(major) if major.isdecimal() and len(major) < 4 else self.assumed
 
     @property
     def is_legacy(self) -> bool:

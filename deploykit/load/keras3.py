@@ -29,7 +29,7 @@ from deploykit.load import hdf5
 from deploykit.load.contents import MAX_CONFIG_BYTES, Contents, named, parse_config, printable, text_of
 from deploykit.load.legacy import fill_archive
 
-MAGIC = b"PK\x03\x04"
+MAGIC, EMPTY = b"PK\x03\x04", b"PK\x05\x06"
 CONFIG, METADATA = "config.json", "metadata.json"
 WEIGHTS = ("model.weights.h5", "model.weights.npz")
 
@@ -42,7 +42,7 @@ _LOCAL_HEADER_BYTES = 30
 def recognises(path: Path) -> bool:
     """A zip, also one whose end was cut off."""
     with open(path, "rb") as stream:
-        return stream.read(len(MAGIC)) == MAGIC or zipfile.is_zipfile(path)
+        return stream.read(len(MAGIC)) in (MAGIC, EMPTY)  # one that begins later has something else in front
 
 
 class _Window(io.RawIOBase):

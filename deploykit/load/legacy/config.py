@@ -182,7 +182,7 @@ def translate(
     job = _Translation(what, frozenset(given), backend == "theano")
     try:
         model = job.model(plain(config), None)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, OverflowError) as error:
         raise LoadError(f"{what} is damaged: its description is not that of a model; copy or save it again") from error
     return Translated(model, tuple(dict.fromkeys(job.notices)))
 

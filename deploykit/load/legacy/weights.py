@@ -18,6 +18,7 @@ kind ("kernel", "gamma", ...), and nothing is left over on either side.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -45,6 +46,7 @@ ALIASES = {  # kinds of weights under their old names
     "b": "bias",
     "alphas": "alpha",
 }
+EXCESS, EXCESS_FLOOR = 4, 1 << 24  # masks of pruned layers, layers on which no output depends
 PRUNING = ("mask", "threshold", "pruning_step")
 
 
@@ -227,6 +229,14 @@ def stored_names(file: h5py.File) -> list[str]:
     return [weight for layer in _strings(groups, "layer_names") for weight in _strings(groups[layer], "weight_names")]
 
 
+def _refuse_excess(groups: Any, names: Sequence[str], model: keras.Model, what: str) -> None:
+    """Raise LoadError when far more is declared than the model holds, before any of it is read."""
+    declared = sum(groups[name][weight].size for name in names for weight in _strings(groups[name], "weight_names"))
+    held = sum(math.prod(weight.shape) for weight in model.weights)
+    if declared > EXCESS * held + EXCESS_FLOOR:
+        raise LoadError(f"{what} declares {declared} weights, its model has {held}; is it intact?")
+
+
 def fill_hdf5(
     file: h5py.File,
     model: keras.Model,
@@ -244,6 +254,7 @@ def fill_hdf5(
     """
     groups = file.get("model_weights", file)
     names = _strings(groups, "layer_names")
+    _refuse_excess(groups, names, model, what)
     arrays = {
         name: [(weight, np.asarray(groups[name][weight])) for weight in _strings(groups[name], "weight_names")]
         for name in names
