@@ -11,7 +11,7 @@ node's call returns its input; where its output is an output of the model, an Id
 stands in, so that output names survive.
 
 How Keras keeps a graph (`_keras_history`, `_inbound_nodes`, `Node.arguments`) is known to this file alone (and, to
-name the operations that it makes, to `load.legacy.operations`); it has been the same since Keras 3.0. What cannot be
+name the operations that they make, to `load.legacy`); it has been the same since Keras 3.0. What cannot be
 inlined exactly (a nested model that is called with a mask, or that converts what it is given) stays one opaque call,
 and so do its other calls.
 

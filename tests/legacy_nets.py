@@ -377,6 +377,73 @@ def list_of_one(k):
 
 
 @net
+def frozen_but_for_the_last(k):
+    """A model that is frozen as a whole lists what is thawed inside it first."""
+    a = k.Input((4,))
+    body = k.Model(a, k.layers.Dense(4, name="c")(k.layers.Dense(4, name="b")(a)), name="body")
+    body.trainable = False
+    body.get_layer("c").trainable = True
+    x = k.Input((4,))
+    return k.Model(x, body(x))
+
+
+@net
+def masks_that_are_one(k):
+    x = k.Input((7,), dtype="int32")
+    e = k.layers.Embedding(5, 4, mask_zero=True)(x)
+    y = k.layers.Add()([e, k.layers.Dropout(0.1)(e)])
+    return k.Model(x, k.layers.LSTM(3)(k.layers.Concatenate()([y, e])))
+
+
+@net
+def masks_that_nothing_reads(k):
+    i, j = k.Input((7,), dtype="int32"), k.Input((7,), dtype="int32")
+    y = k.layers.Add()([k.layers.Embedding(5, 4, mask_zero=True)(i), k.layers.Embedding(5, 4)(j)])
+    return k.Model([i, j], k.layers.Dense(3)(y))
+
+
+@net
+def masked_attention(k):
+    x = k.Input((7,), dtype="int32")
+    e = k.layers.Embedding(5, 4, mask_zero=True)(x)
+    return k.Model(x, k.layers.MultiHeadAttention(2, 3)(e, e))
+
+
+@net
+def wrapped_twice(k):
+    x = k.Input((3, 4, 6))
+    inner = k.Sequential([k.layers.Input((6,)), k.layers.Dense(3), k.layers.ReLU()])
+    return k.Model(x, k.layers.TimeDistributed(k.layers.TimeDistributed(inner))(x))
+
+
+def _two(k):
+    i, j = k.Input((7,), dtype="int32"), k.Input((7,), dtype="int32")
+    return i, j, k.layers.Embedding(5, 4, mask_zero=True)(i), k.layers.Embedding(5, 4)(j)
+
+
+def _other_mask(name, make):
+    def build(k):
+        i, j, masked, plain = _two(k)
+        return k.Model([i, j], make(k, masked, plain))
+
+    REFUSED[name] = build
+
+
+# Nets that compute something else in Keras 3, so that they must be refused.
+REFUSED: dict[str, Callable[[Any], Any]] = {}
+_other_mask("add", lambda k, m, p: k.layers.LSTM(3)(k.layers.Add()([m, p])))
+_other_mask("concatenate", lambda k, m, p: k.layers.GRU(3)(k.layers.Dropout(0.1)(k.layers.Concatenate()([m, p]))))
+_other_mask("multiply", lambda k, m, p: k.layers.Flatten()(k.layers.Multiply()([m, p])))
+_other_mask("rescaling", lambda k, m, p: k.layers.GlobalAveragePooling1D()(k.layers.Rescaling(2.0)(m)) + 0 * p[:, 0])
+_other_mask("time_distributed", lambda k, m, p: k.layers.LSTM(3)(k.layers.TimeDistributed(k.layers.Dense(3))(m)))
+REFUSED["hard_sigmoid_wrapped"] = _sequential(
+    SEQUENCE, ("TimeDistributed", {"layer": lambda k: k.layers.Activation("hard_sigmoid")})
+)
+REFUSED["training"] = lambda k: k.Model(x := k.Input((6,)), k.layers.BatchNormalization()(x, training=True))
+REFUSED["random_crop"] = _sequential((12, 9, 3), ("RandomCrop", {"height": 7, "width": 4}))
+
+
+@net
 def slashes(k):
     x = k.Input((6,), name="in/x")
     return k.Model(x, k.layers.BatchNormalization(name="a/b/bn")(k.layers.Dense(3, name="a/dense")(x)))
@@ -454,6 +521,9 @@ def main(folder: Path) -> None:
         )
         model.save(folder / f"{name}.h5")
         model.save(folder / f"{name}.keras")
+    for name, make in REFUSED.items():
+        k.backend.clear_session()
+        make(k).save(folder / f"refused_{name}.h5")
 
 
 if __name__ == "__main__":

@@ -112,7 +112,9 @@ def load(
             given = {**keras.saving.get_custom_objects(), **import_objects(custom_objects)}
             config = contents.config
             if contents.is_legacy:
-                translated = legacy.translate(config, what=str(path), given=given, backend=contents.backend)
+                translated = legacy.translate(
+                    config, what=str(path), given=given, backend=contents.backend, saved_by=contents.saved_by
+                )
                 config = translated.model
             findings = examine(config, given, str(path))
         if contents.is_legacy:
@@ -126,6 +128,8 @@ def load(
             if weights is not None:
                 notices += _fill(model, Path(weights), contents)
                 notices.append(f"weights filled from {weights} (sha256 {_fingerprint(Path(weights))})")
+            if contents.is_legacy:
+                legacy.freeze(model, config)
     if not contents.is_legacy and (odd := misplaced_biases(model)):
         notices.append(
             f"Keras' TensorFlow backend adds the bias of {', '.join(odd[:3])} along the last axis, which is as long as "
@@ -225,8 +229,9 @@ def _built(
     """The model with its weights, and notices."""
     try:
         if contents.is_legacy or reader.build is None:
-            model = legacy.build(config, objects, what=str(path), safe_mode=safe_mode)
-            return _usable(model, path), reader.fill(path, model, contents)
+            what, saved_by = str(path), contents.saved_by
+            model = _usable(legacy.build(config, objects, what=what, safe_mode=safe_mode, saved_by=saved_by), path)
+            return model, reader.fill(path, model, contents)
         return _usable(reader.build(path, objects, safe_mode), path), []
     except DeploykitError:
         raise

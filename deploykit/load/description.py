@@ -42,6 +42,11 @@ def peek(path: Path) -> Contents:
         )
     config = parse_config(text, str(path))
     saved_by = printable(text_of(config.get("keras_version")))
+    if (saved_by or "").startswith("1.") or (saved_by is None and b'"W_regularizer"' in text):
+        raise UnsupportedModelError(
+            f"{path} describes a model of Keras 1, whose weights cannot be read apart from it; "
+            "pass the file that model.save() wrote"
+        )
     return Contents(
         config=config,
         saved_by=saved_by,

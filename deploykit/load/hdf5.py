@@ -31,7 +31,7 @@ BOMB_EXPANSION = 1000  # gzip reaches about 1000:1 on constant data
 
 
 # Where no version is recorded (Keras 1.0, and files that were copied by hand): what only a newer Keras writes.
-NEWER = {"module": 3, "kernel_initializer": 2, "moving_variance_initializer": 2}
+NEWER = {"batch_input_shape": 2, "module": 3, "kernel_initializer": 2, "moving_variance_initializer": 2}
 
 
 def recognises(path: Path) -> bool:
@@ -106,7 +106,9 @@ def peek(path: Path) -> Contents:
             saved_by=printable(text_of(attributes.get("keras_version"))),
             backend=printable(text_of(attributes.get("backend"))),
             training_config_found="training_config" in attributes,
-            assumed=next((age for key, age in NEWER.items() if f'"{key}":' in text), 1),
+            assumed=1
+            if '"W_regularizer":' in text
+            else next((n for key, n in NEWER.items() if f'"{key}":' in text), 1),
         )
         if contents.generation == 1:  # names no backend, but names of weights tell it
             backend = contents.backend or keras1.backend_of(stored_names(file))
@@ -133,8 +135,16 @@ def is_weights(file: h5py.File) -> bool:
 def fill(path: Path, model: keras.Model, contents: Contents) -> list[str]:
     """Give a model that was built from a legacy description its weights; returns notices."""
     with open_checked(path, str(path)) as file:
-        order = layer_order(contents.config)
-        return fill_hdf5(file, model, contents.config, what=str(path), backend=contents.backend, order=order)
+        config = contents.config
+        return fill_hdf5(
+            file,
+            model,
+            config,
+            what=str(path),
+            backend=contents.backend,
+            order=layer_order(config),
+            generation=contents.generation,
+        )
 
 
 def build(path: Path, custom_objects: Mapping[str, Any], safe_mode: bool) -> keras.Model:

@@ -12,7 +12,7 @@ regularizers, constraints of unknown classes) goes with a notice.
 """
 
 from deploykit.load.legacy.config import Translated, modern_name, plain, translate
-from deploykit.load.legacy.graph import build
+from deploykit.load.legacy.graph import build, freeze
 from deploykit.load.legacy.weights import fill_archive, fill_hdf5, layer_order, steepen, stored_names
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "build",
     "fill_archive",
     "fill_hdf5",
+    "freeze",
     "layer_order",
     "modern_name",
     "plain",

@@ -67,6 +67,8 @@ REFUSED = {
     "LocallyConnected1D": "has no equivalent in Keras 3; build the model without it",
     "LocallyConnected2D": "has no equivalent in Keras 3; build the model without it",
     "KerasLayer": "loads a module of TensorFlow Hub from elsewhere; build the model from layers",
+    "RandomCrop": "resizes at inference, which Keras 3's does not; build the model with Resizing",
+    "SpectralNormalization": "applies other weights than it stores; fold it where the model was made",
     "DenseFeatures": "reads TensorFlow feature columns; build the model on plain inputs",
 }
 
@@ -97,13 +99,12 @@ MEANT_NOTHING: Mapping[tuple[str | None, str], Collection[Any] | None] = {
     ("DepthwiseConv2D", "filters"): (None,),
     ("Embedding", "input_length"): None,  # a promise about the input, kept by `_input_of`
     ("Embedding", "sparse"): None,  # of its gradients
+    (None, "vocabulary_size"): None,  # counted from the vocabulary
+    ("Attention", "causal"): (False,),
+    ("AdditiveAttention", "causal"): (False,),
     ("MultiHeadAttention", "query_shape"): None,
     ("MultiHeadAttention", "key_shape"): None,
     ("MultiHeadAttention", "value_shape"): None,
-    ("LSTM", "zero_output_for_mask"): (False,),
-    ("GRU", "zero_output_for_mask"): (False,),
-    ("SimpleRNN", "zero_output_for_mask"): (False,),
-    ("TextVectorization", "batch_input_shape"): None,
 }
 
 # What an argument stood for in files that do not mention it, where Keras 3 thinks otherwise.
@@ -155,6 +156,13 @@ STEEPER: Mapping[tuple[str, str], tuple[float, ...]] = {
 }
 
 CONSTANT = "_CONSTANT_VALUE"  # stands where the name of a layer would
+LEARNT = {  # what is learnt from data and must stand in the description
+    "StringLookup": "vocabulary",
+    "IntegerLookup": "vocabulary",
+    "TextVectorization": "vocabulary",
+    "Discretization": "bin_boundaries",
+}
+UNKNOWN_INTERPOLATIONS = ("gaussian", "mitchellcubic")
 PRUNED = "PruneLowMagnitude"  # tfmot's wrapper: kernel·mask is what it applies
 WRAPPED = ("layer", "backward_layer", "forward_layer", "cell")  # arguments that hold a layer
 FREE = {  # arguments that training alone reads -> where their classes live
@@ -173,13 +181,18 @@ class Translated:
 
 
 def translate(
-    config: Mapping[str, Any], *, what: str, given: Collection[str] = (), backend: str | None = None
+    config: Mapping[str, Any],
+    *,
+    what: str,
+    given: Collection[str] = (),
+    backend: str | None = None,
+    saved_by: str | None = None,
 ) -> Translated:
     """The normal form of a legacy description; ``given`` are the names of the user's own classes.
 
     Raises UnsupportedModelError for what has no exact equivalent, LoadError for a description that is no model.
     """
-    job = _Translation(what, frozenset(given), backend == "theano")
+    job = _Translation(what, frozenset(given), backend == "theano", saved_by or "")
     try:
         model = job.model(plain(config), None)
     except (KeyError, TypeError, AttributeError, IndexError, ValueError, OverflowError) as error:
@@ -245,6 +258,11 @@ def accepted(name: str) -> frozenset[str]:
     return frozenset(found - {"self", "args", "kwargs", "weights"})
 
 
+def version(text: str) -> tuple[int, ...]:
+    """``2.2.4-tf`` -> (2, 2, 4); empty where there is none."""
+    return tuple(int(part) for part in re.findall(r"\d+", text)[:3])
+
+
 def modern_name(name: str) -> str:
     """A layer's name today: Keras 3 forbids the slash."""
     return name.replace("/", "_")
@@ -258,8 +276,10 @@ def is_keras_layer(name: str) -> bool:
 class _Translation:
     """One file; collects what is to be told."""
 
-    def __init__(self, what: str, given: frozenset[str], theano: bool) -> None:
+    def __init__(self, what: str, given: frozenset[str], theano: bool, saved_by: str) -> None:
         self.what = what
+        # Keras beside TensorFlow 1, which took other points for bilinear resizing
+        self.old_bilinear = "-tf" not in saved_by and (1,) <= version(saved_by) < (2, 4)
         self.given = given
         self.theano = theano
         self.notices: list[str] = []
@@ -306,7 +326,7 @@ class _Translation:
             shape = [shape[0], length]
         return {
             "name": modern_name(f"{first['name']}_input" if "name" in first else "input"),
-            "input": {"batch_shape": shape, "dtype": _plain_dtype(first.get("dtype")) or "float32", "sparse": False},
+            "input": {"batch_shape": shape, "dtype": _input_dtype(first.get("dtype")), "sparse": False},
         }
 
     # ------------------------------------------------------------------------------------------------ layers
@@ -320,10 +340,13 @@ class _Translation:
             if not _is_shape(shape):
                 raise LoadError(f"{self.what} is damaged: input {printable(str(name))} has no shape; save it again")
             self.refuse_ragged(name, config)
-            dtype = _plain_dtype(config.get("dtype")) or "float32"
             return {
                 **placed,
-                "input": {"batch_shape": shape, "dtype": dtype, "sparse": bool(config.get("sparse", False))},
+                "input": {
+                    "batch_shape": shape,
+                    "dtype": _input_dtype(config.get("dtype")),
+                    "sparse": bool(config.get("sparse", False)),
+                },
             }
         if kind in MODELS:
             return {**placed, "nested": self.model(entry, name)}
@@ -333,7 +356,7 @@ class _Translation:
             except UnsupportedModelError as error:  # outside its table
                 raise UnsupportedModelError(f"{self.what}: {error}") from error
             return {**placed, "operation": {"kind": kind, "config": config}}
-        layer = self.layer(kind, config, name)
+        layer = self.layer(kind, config, name, wrapped=False)
         arguments = layer["config"]
         if layer["class_name"] == "Activation" and arguments.get("activation") == "hard_sigmoid":
             steeper: Config = {"name": modern_name(f"{name}.steeper"), "scale": STEEPNESS, "offset": 0.0}
@@ -348,7 +371,7 @@ class _Translation:
                 "build the model on padded inputs"
             )
 
-    def layer(self, kind: str, config: Mapping[str, Any], name: str | None) -> Config:
+    def layer(self, kind: str, config: Mapping[str, Any], name: str | None, *, wrapped: bool = True) -> Config:
         """A layer as Keras 3 serialises it, at any depth of wrapping."""
         kind = kind.removeprefix("Custom>") if kind.startswith("Custom>") and kind[7:] in self.given else kind
         if isinstance(config.get("name"), str) and "/" in config["name"]:
@@ -359,7 +382,7 @@ class _Translation:
         if kind == PRUNED:
             inner = config["layer"]
             self.notices.append(f"{name}: the pruning wrapper is stripped, its mask applied")
-            return self.layer(inner["class_name"], {**inner["config"], "name": name}, name)
+            return self.layer(inner["class_name"], {**inner["config"], "name": name}, name, wrapped=wrapped)
         label = f"{self.what}: layer {printable(str(name))} ({printable(kind)})"
         if kind in CODE_CLASSES:  # for the scan to judge
             return serialised("layers", kind, config)
@@ -375,7 +398,7 @@ class _Translation:
         arguments = {key: self.value(key, value, name) for key, value in arguments.items()}
         dtype = self.layer_dtype(arguments.pop("dtype", None))
         arguments |= {} if dtype is None else {"dtype": dtype}
-        self.refuse_meaning(modern, arguments, label)
+        self.refuse_meaning(modern, arguments, label, wrapped)
         arguments = self.untrained(arguments, str(name))
         return serialised("layers", modern, arguments)
 
@@ -426,9 +449,21 @@ class _Translation:
         plain = _plain_dtype(dtype)
         return plain if plain is not None and "float" in plain else None
 
-    def refuse_meaning(self, kind: str, arguments: Config, label: str) -> None:
+    def refuse_meaning(self, kind: str, arguments: Config, label: str, wrapped: bool) -> None:
+        if (learnt := LEARNT.get(kind)) is not None and not arguments.get(learnt):
+            raise UnsupportedModelError(
+                f"{label} was saved without its {learnt}; load it where it was made and give it the {learnt} in full"
+            )
+        interpolation = arguments.get("interpolation")
+        if interpolation in UNKNOWN_INTERPOLATIONS:
+            raise UnsupportedModelError(f"{label} uses {interpolation} interpolation, for which Keras 3 has nothing")
+        if kind == "UpSampling2D" and interpolation == "bilinear" and self.old_bilinear:
+            raise UnsupportedModelError(
+                f"{label} was saved by a Keras beside TensorFlow 1, whose bilinear upsampling takes other points than "
+                "any layer of today; build the model with another upsampling"
+            )
         if kind == "BatchNormalization" and isinstance(arguments.get("axis"), (list, tuple)):
-            if len(arguments["axis"]) > 1:
+            if len(arguments["axis"]) != 1:
                 raise UnsupportedModelError(
                     f"{label} normalises along the axes {arguments['axis']}; Keras 3 knows one axis, "
                     "build the model without it"
@@ -440,7 +475,8 @@ class _Translation:
                 "Keras 3 does; build the model with explicit padding"
             )
         for key in ("activation", "recurrent_activation"):
-            if arguments.get(key) == "hard_sigmoid" and kind != "Activation" and (kind, key) not in STEEPER:
+            alone = kind == "Activation" and not wrapped  # gets a Rescaling in front
+            if arguments.get(key) == "hard_sigmoid" and not alone and (kind, key) not in STEEPER:
                 raise UnsupportedModelError(
                     f"{label} applies the hard_sigmoid of Keras 2 as its {key}, which Keras 3 has not; "
                     "build the model without it"
@@ -500,6 +536,12 @@ def _plain_dtype(dtype: Any) -> str | None:
     if isinstance(dtype, Mapping):
         dtype = (dtype.get("config") or {}).get("name")
     return dtype if isinstance(dtype, str) and dtype not in ("infer", "_infer") else None
+
+
+def _input_dtype(dtype: Any) -> str:
+    """Of a policy, what its variables have."""
+    plain_dtype = _plain_dtype(dtype) or "float32"
+    return "float32" if plain_dtype.startswith("mixed_") else plain_dtype
 
 
 def _is_shape(shape: Any) -> bool:

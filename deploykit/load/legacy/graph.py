@@ -21,27 +21,67 @@ from typing import Any
 import keras
 from keras import tree
 
-from deploykit.errors import LoadError
+from deploykit.errors import LoadError, UnsupportedModelError
 from deploykit.load.contents import printable
 from deploykit.load.legacy import operations
-from deploykit.load.legacy.config import CONSTANT, is_reference, modern_name, references
+from deploykit.load.legacy.config import CONSTANT, is_reference, modern_name, references, version
 
 Config = dict[str, Any]
 Reference = tuple[str, int, int]
 
-RECURRENT = (keras.layers.RNN, keras.layers.Bidirectional, keras.layers.ConvLSTM2D)
+L = keras.layers
+RECURRENT = (L.RNN, L.Bidirectional)
+
+_BN = L.BatchNormalization
+_ELEMENTWISE = (L.Multiply, L.Minimum, L.Maximum)  # they put other values in the place of what is masked now
+_MERGE = (L.Add, L.Subtract, L.Average, L.Concatenate, L.Dot)
+_TOOK = (L.Identity, L.Rescaling, L.Normalization, L.TimeDistributed)  # masks; now they hand them on, or others
+_MASK_READERS = (
+    *(L.RNN, L.Bidirectional, L.TimeDistributed, L.GlobalAveragePooling1D, L.Softmax, *_ELEMENTWISE),
+    *(L.MultiHeadAttention, L.Attention, L.AdditiveAttention),
+)
 
 
-def build(model: Mapping[str, Any], objects: Mapping[str, Any], *, what: str, safe_mode: bool = True) -> keras.Model:
+def _is_keras(layer: Any) -> bool:
+    return type(layer).__module__.startswith("keras.src.")
+
+
+def _random(layer: Any) -> bool:
+    """Whether a layer does something at random in training."""
+    return type(layer).__module__.startswith("keras.src.layers.regularization.") and hasattr(layer, "seed_generator")
+
+
+def build(
+    model: Mapping[str, Any],
+    objects: Mapping[str, Any],
+    *,
+    what: str,
+    safe_mode: bool = True,
+    saved_by: str | None = None,
+) -> keras.Model:
     """The Keras 3 model of a normal form, with fresh weights; ``objects`` are the user's own classes by name.
 
-    Raises LoadError where the graph does not hang together; what Keras says of a layer's arguments comes as it is.
+    Models are not frozen yet (`freeze`): that changes the order in which weights are listed. Raises LoadError where the
+    graph does not hang together; what Keras says of a layer's arguments comes as it is.
     """
-    return _Builder(objects, what, safe_mode).model(model)
+    return _Builder(objects, what, safe_mode, version(saved_by or "")).model(model)
+
+
+def freeze(made: keras.Model, model: Mapping[str, Any]) -> None:
+    """Freeze what the normal form says is frozen as a whole."""
+    for entry in model["layers"]:
+        if "nested" in entry:
+            freeze(made.get_layer(entry["nested"]["name"]), entry["nested"])
+    if not model["trainable"]:
+        made.trainable = False
 
 
 class _Builder:
-    def __init__(self, objects: Mapping[str, Any], what: str, safe_mode: bool) -> None:
+    def __init__(self, objects: Mapping[str, Any], what: str, safe_mode: bool, saved_by: tuple[int, ...]) -> None:
+        self.saved_by = saved_by
+        self.doubtful: dict[int, str] = {}  # tensors whose mask is another than it was -> the layer that makes it so
+        self.named: set[int] = set()  # operations that make masks
+        self.merged: dict[int, int] = {}  # masks that a merge made of several times the same one -> that one
         self.objects = dict(objects)
         self.what = what
         self.safe_mode = safe_mode
@@ -52,10 +92,7 @@ class _Builder:
     # ------------------------------------------------------------------------------------------------ models
 
     def model(self, model: Mapping[str, Any]) -> keras.Model:
-        made = self.functional(model) if model["model"] == "Functional" else self.sequential(model)
-        if not model["trainable"]:  # which freezes all that is inside; True would thaw it
-            made.trainable = False
-        return made
+        return self.functional(model) if model["model"] == "Functional" else self.sequential(model)
 
     def sequential(self, model: Mapping[str, Any]) -> keras.Sequential:
         layers = [self.input(model["input"])] if model["input"] is not None else []
@@ -130,7 +167,7 @@ class _Builder:
         """A model in a wrapper, as Keras serialises it."""
         if isinstance(value, Mapping) and set(value) == {"nested"}:
             return keras.saving.serialize_keras_object(self.model(value["nested"]))
-        return value
+        return {key: self.part(inner) for key, inner in value.items()} if isinstance(value, Mapping) else value
 
     def call(self, entry: Mapping[str, Any]) -> Callable[..., list[Any]]:
         """What calls the layer of an entry on the first argument of a node and the further ones; gives its outputs."""
@@ -150,20 +187,86 @@ class _Builder:
             first = _single(first)
             for other in before:
                 first = other(first)
-            # absent, or at inference: what Keras does anyway
-            further = {key: value for key, value in further.items() if value is not None and value is not False}
+            self.refuse_training(layer, further.get("training"))
+            idle = (None,) if _is_keras(layer) else ()  # absent, or at inference: what Keras does anyway
+            further = {
+                key: value
+                for key, value in further.items()
+                if value not in idle and not (key in ("training", "mask") and value in (None, False))
+            }
+            self.refuse_masks(layer, first)
             if isinstance(layer, RECURRENT) and isinstance(first, list):
                 first, *states = first
                 further["initial_state"] = states
             try:
-                return list(tree.flatten(layer(first, **further)))
+                outputs = list(tree.flatten(layer(first, **further)))
             except Exception as error:
                 said = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
                 raise self.damaged(
                     f"Keras cannot call layer {printable(entry['name'])} as it was called ({said})"
                 ) from error
+            self.doubt(layer, first, outputs)
+            self.name_masks(layer, outputs)
+            return outputs
 
         return run
+
+    def name_masks(self, layer: Any, outputs: list[Any]) -> None:
+        """Operations that make a mask get names of their own: automatic ones collide with names in the file."""
+        waiting = [x._keras_mask for x in outputs if getattr(x, "_keras_mask", None) is not None]
+        while waiting:
+            history = waiting.pop()._keras_history
+            made = history.operation
+            if isinstance(made, keras.layers.Layer) or id(made) in self.named:
+                continue
+            self.named.add(id(made))
+            made.name = f"{layer.name}.mask.{len(self.named)}"
+            waiting += made._inbound_nodes[history.node_index].input_tensors
+
+    # ------------------------------------------------------------------------- masks and training, then and now
+
+    def refuse_training(self, layer: Any, training: Any) -> None:
+        parts = [layer, *layer._flatten_layers(include_self=False)]
+        if training is True and any(_random(p) or (isinstance(p, _BN) and p.trainable) for p in parts):
+            raise UnsupportedModelError(
+                f"{self.what}: layer {printable(layer.name)} is called with training=True, also at inference, which "
+                "Keras 3 does not keep; call it without"
+            )
+
+    def refuse_masks(self, layer: Any, first: Any) -> None:
+        """Raise where a mask decides what a layer answers, and is another in Keras 3 than it was."""
+        masked = [x for x in tree.flatten(first) if getattr(x, "_keras_mask", None) is not None]
+        old_attention = isinstance(layer, keras.layers.MultiHeadAttention) and self.saved_by[:2] < (2, 10)
+        if masked and (isinstance(layer, _ELEMENTWISE) or old_attention):
+            raise self.other_mask(layer, layer.name)
+        origin = next((self.doubtful[id(x)] for x in tree.flatten(first) if id(x) in self.doubtful), None)
+        if origin is not None and (isinstance(layer, _MASK_READERS) or not _is_keras(layer)):
+            raise self.other_mask(layer, origin)
+
+    def other_mask(self, layer: Any, origin: str) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f"{self.what}: layer {printable(layer.name)} ({type(layer).__name__}) sees a mask that {printable(origin)} "
+            "hands on otherwise in Keras 3 than where the model was saved; build it without the mask there"
+        )
+
+    def doubt(self, layer: Any, first: Any, outputs: list[Any]) -> None:
+        """Remember tensors whose mask is not the one that older generations had.
+
+        Merges made one mask of all (only steps that no mask hides), Keras 3 makes one that any allows, or none; some
+        layers took masks away that they hand on now; TimeDistributed had masks of its own.
+        """
+        inputs = tree.flatten(first)
+        found = [id(getattr(x, "_keras_mask", None)) for x in inputs]
+        masks = {self.merged.get(mask, mask) for mask in found}
+        masked = any(getattr(x, "_keras_mask", None) is not None for x in inputs)
+        origin = next((self.doubtful[id(x)] for x in inputs if id(x) in self.doubtful), None)
+        makes = isinstance(layer, keras.layers.TimeDistributed) and getattr(layer.layer, "mask_zero", False)
+        if (masked and isinstance(layer, _MERGE) and len(masks) > 1) or (masked and isinstance(layer, _TOOK)) or makes:
+            origin = layer.name
+        if isinstance(layer, _MERGE) and masked and len(masks) == 1:
+            self.merged.update(dict.fromkeys((id(getattr(x, "_keras_mask", None)) for x in outputs), masks.pop()))
+        if origin is not None:
+            self.doubtful.update((id(output), origin) for output in outputs)
 
 
 class _Graph:

@@ -58,6 +58,11 @@ class Stored:
     value: Array
 
     @property
+    def place(self) -> str:
+        """``conv2d_1`` of ``conv2d_1/kernel:0``."""
+        return (self.name or "").rpartition("/")[0]
+
+    @property
     def kind(self) -> str | None:
         """``kernel`` of ``block1/conv_1/kernel_1:0``."""
         if self.name is None:
@@ -121,10 +126,21 @@ def _scaled(array: Array, factors: Sequence[float]) -> Array:
 
 
 def _unpruned(stored: Sequence[Stored]) -> list[Stored]:
-    """What a pruning wrapper applied: weights times their masks."""
-    masks = {array.value.shape: array.value for array in stored if array.kind == "mask"}
-    kept = [array for array in stored if array.kind not in PRUNING]
-    return [replace(array, value=array.value * masks.get(array.value.shape, 1)) for array in kept]
+    """What a pruning wrapper applied: weights times their masks, which are told by shape and, if need be, by name.
+
+    Raises ValueError where they cannot be told.
+    """
+    masks = [array for array in stored if array.kind == "mask"]
+    kept = []
+    for array in (array for array in stored if array.kind not in PRUNING):
+        fitting = [mask for mask in masks if mask.value.shape == array.value.shape]
+        alike = [other for other in stored if other.kind not in PRUNING and other.value.shape == array.value.shape]
+        if len(alike) > 1:
+            fitting = [mask for mask in fitting if mask.place == array.place]
+        if len(fitting) > 1 or (len(alike) > 1 and not fitting and masks):
+            raise ValueError("masks of pruning that cannot be told apart")
+        kept.append(replace(array, value=array.value * fitting[0].value) if fitting else array)
+    return kept
 
 
 # -------------------------------------------------------------------------------------------- into a layer
@@ -167,7 +183,10 @@ class Filler:
     def fill(self, layer: Any, stored: Sequence[Stored], *, pruned: bool = False) -> None:
         """All weights of a layer of the model, in the order of `in_order`."""
         pairs = in_order(layer)
-        stored = _unpruned(stored) if pruned else stored
+        try:
+            stored = _unpruned(stored) if pruned else stored
+        except ValueError as error:
+            raise self.misfit(layer, str(error)) from error
         if len(pairs) != len(stored):
             raise self.misfit(layer, f"{len(stored)} arrays for {len(pairs)} weights")
         gathered: dict[int, tuple[Any, list[tuple[Any, Stored]]]] = {}
@@ -245,12 +264,13 @@ def fill_hdf5(
     what: str,
     backend: str | None,
     order: Sequence[str] = (),
+    generation: int = 2,
 ) -> list[str]:
     """Fill a model from the layer groups of an open, checked HDF5 file; returns notices. Raises LoadError.
 
-    ``config``: the description in the same file, as Keras 2 has it; weights alone have none. Groups belong to layers by
-    name, or in turn where the names are not the same (a net that was built again counts its layers on): ``order`` are
-    the layers as the description lists them, which is not the order of Keras 3.
+    ``config``: the description in the same file, as Keras 2 has it; weights alone have none. ``generation``: the
+    file's. Groups belong to layers by name, or in turn where the names are not the same (a net that was built again
+    counts its layers on): ``order`` are the layers as the description lists them, which is not the order of Keras 3.
     """
     groups = file.get("model_weights", file)
     names = _strings(groups, "layer_names")
@@ -261,8 +281,8 @@ def fill_hdf5(
     }
     if "top_level_model_weights" in groups and _strings(groups["top_level_model_weights"], "weight_names"):
         raise UnsupportedModelError(f"{what} holds weights that belong to no layer; build the model from layers")
-    version = text_of(groups.attrs.get("keras_version")) or text_of(file.attrs.get("keras_version")) or "1"
-    if version.startswith("1") and config is not None:
+    version = text_of(groups.attrs.get("keras_version")) or text_of(file.attrs.get("keras_version")) or ""
+    if generation == 1 and config is not None:
         laid_out = keras1.rearranged_file(config, arrays, what=what)
         found = {name: [Stored(None, array) for array in values] for name, values in laid_out.items()}
     else:
