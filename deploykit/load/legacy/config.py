@@ -68,7 +68,7 @@ REFUSED = {
     "LocallyConnected2D": "has no equivalent in Keras 3; build the model without it",
     "KerasLayer": "loads a module of TensorFlow Hub from elsewhere; build the model from layers",
     "RandomCrop": "resizes at inference, which Keras 3's does not; build the model with Resizing",
-    "SpectralNormalization": "applies other weights than it stores; fold it where the model was made",
+    "SpectralNormalization": "is not translated yet; remove it where the model was made, or save it with Keras 3",
     "DenseFeatures": "reads TensorFlow feature columns; build the model on plain inputs",
 }
 
