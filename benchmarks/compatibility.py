@@ -100,6 +100,11 @@ def _lines() -> Iterator[str]:
     yield ""
     yield "In a SavedModel also what was learnt and lies in its graph alone:"
     yield ""
+    yield "And uses of a layer that Keras 3 would answer otherwise without saying so: a mask that passes a merge of"
+    yield "differently masked tensors, Multiply, Minimum, Maximum, Identity, Rescaling, Normalization or TimeDistributed"
+    yield "on its way to a layer that reads it; MultiHeadAttention behind a mask, saved before 2.10; training=True on"
+    yield "what differs in training; bilinear UpSampling2D of Keras before 2.4 beside TensorFlow 1."
+    yield ""
     learnt = sorted((f"`{kind}`", f"`{key}`") for kind, key in LEARNT.items())
     yield from _table(("class", "argument that must be in the description"), learnt)
     yield "## TensorFlow operations between layers"
