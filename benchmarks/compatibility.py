@@ -17,7 +17,6 @@ from typing import Any
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from deploykit.load.legacy import config, keras1, operations
-from deploykit.load.savedmodel import LEARNT
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "compatibility.md"
 
@@ -98,15 +97,15 @@ def _lines() -> Iterator[str]:
     yield "Of files saved under Theano also `same` padding that TensorFlow does otherwise (even kernels, strides);"
     yield "Keras 1's convolution with it becomes a padding and a convolution."
     yield ""
-    yield "In a SavedModel also what was learnt and lies in its graph alone:"
-    yield ""
     yield "And uses of a layer that Keras 3 would answer otherwise without saying so: a mask that passes a merge of"
-    yield "differently masked tensors, Multiply, Minimum, Maximum, Identity, Rescaling, Normalization or TimeDistributed"
-    yield "on its way to a layer that reads it; MultiHeadAttention behind a mask, saved before 2.10; training=True on"
-    yield "what differs in training; bilinear UpSampling2D of Keras before 2.4 beside TensorFlow 1."
+    yield "differently masked tensors, Multiply, Minimum, Maximum, Identity, Rescaling, Normalization or"
+    yield "TimeDistributed on its way to a layer that reads it; MultiHeadAttention behind a mask, saved before 2.10;"
+    yield "training=True on what differs in training; bilinear UpSampling2D of Keras before 2.4 beside TensorFlow 1."
     yield ""
-    learnt = sorted((f"`{kind}`", f"`{key}`") for kind, key in LEARNT.items())
-    yield from _table(("class", "argument that must be in the description"), learnt)
+    yield "What was learnt by `adapt` must stand in the description:"
+    yield ""
+    learnt = sorted((f"`{kind}`", f"`{key}`") for kind, key in config.LEARNT.items())
+    yield from _table(("class", "argument"), learnt)
     yield "## TensorFlow operations between layers"
     yield ""
     yield f"Functions ({len(operations.FUNCTIONS)}): {_names(operations.FUNCTIONS)}."

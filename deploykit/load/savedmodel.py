@@ -49,6 +49,7 @@ from deploykit.errors import LoadError, UnsafeModelError, UnsupportedModelError
 from deploykit.files import sha256 as sha256_of_file
 from deploykit.load.contents import Contents, parse_config, printable, text_of
 from deploykit.load.legacy import modern_name, plain, steepen
+from deploykit.load.legacy.config import LEARNT
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Bits = np.ndarray[Any, np.dtype[np.uint32]]
@@ -86,16 +87,6 @@ BOOKKEEPING = frozenset(
 # Keras 3 class -> attribute of its variable -> attribute in the folder, where they differ by more than a leading "_".
 RENAMED: dict[str, dict[str, str]] = {
     "BaseDepthwiseConv": {"kernel": "depthwise_kernel"},
-}
-
-# Layers whose state is no weight: class -> the config key that holds it when it was given and not learnt by adapt().
-# A learnt one is a constant in the graph (a vocabulary) or a summary that only the layer's own code can finish.
-LEARNT: dict[str, str] = {
-    "Discretization": "bin_boundaries",
-    "IndexLookup": "vocabulary",
-    "IntegerLookup": "vocabulary",
-    "StringLookup": "vocabulary",
-    "TextVectorization": "vocabulary",
 }
 
 _OBJECT_GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"

@@ -156,7 +156,10 @@ STEEPER: Mapping[tuple[str, str], tuple[float, ...]] = {
 }
 
 CONSTANT = "_CONSTANT_VALUE"  # stands where the name of a layer would
-LEARNT = {  # what is learnt from data and must stand in the description
+# Layers whose state is no weight: class -> the argument that holds it when it was given and not learnt by adapt(). A
+# learnt one is a constant in a graph (a vocabulary) or a summary that only the layer's own code can finish.
+LEARNT = {
+    "IndexLookup": "vocabulary",
     "StringLookup": "vocabulary",
     "IntegerLookup": "vocabulary",
     "TextVectorization": "vocabulary",
