@@ -313,7 +313,7 @@ def table(entries: dict[bytes, bytes], compression: int = 0) -> bytes:
 
 def entries(folder: Path) -> dict[bytes, bytes]:
     """The index of a folder: name -> serialized entry."""
-    from deploykit.load.savedmodel import _table
+    from deploykit.load.checkpoint import _table
 
     return dict(_table((folder / "variables/variables.index").read_bytes()))
 
@@ -336,10 +336,10 @@ def regraph(folder: Path, change) -> None:
     from tensorflow.core.protobuf.tensor_bundle_pb2 import BundleEntryProto
     from tensorflow.core.protobuf.trackable_object_graph_pb2 import TrackableObjectGraph
 
-    from deploykit.load.savedmodel import _Checkpoint
+    from deploykit.load.checkpoint import Checkpoint
 
     key, shard = b"_CHECKPOINTABLE_OBJECT_GRAPH", folder / "variables/variables.data-00000-of-00001"
-    tree = TrackableObjectGraph.FromString(_Checkpoint(folder).text(key.decode()))
+    tree = TrackableObjectGraph.FromString(Checkpoint(folder).text(key.decode()))
     change(tree)
     text = tree.SerializeToString()
     size = struct.pack("<I", len(text))

@@ -20,7 +20,7 @@ from keras.src.legacy.saving.saving_utils import model_from_config
 from tensorflow.core.protobuf.saved_object_graph_pb2 import SavedObject, SavedObjectGraph
 
 from deploykit.errors import DeploykitError, LoadError, UnsafeModelError, UnsupportedModelError
-from deploykit.load import savedmodel
+from deploykit.load import checkpoint, savedmodel
 
 NETS = sorted(files.NETS)
 INDEX, SHARD = savedmodel.INDEX, "variables/variables.data-00000-of-00001"
@@ -179,16 +179,16 @@ def test_a_real_folder_of_tensorflow_2_3(shared_models):
 
 def test_the_checkpoint_reads_as_tensorflow_reads_it(folders):
     for name in ("sequential", "recurrent"):
-        checkpoint = savedmodel._Checkpoint(folders / name)
+        ours = checkpoint.Checkpoint(folders / name)
         theirs = tf.train.load_checkpoint(str(folders / name / "variables/variables"))
         keys = [key for key, kind in theirs.get_variable_to_dtype_map().items() if kind != tf.string]
         assert len(keys) > 10
         for key in keys:
-            ours = checkpoint.array(key, key)
-            assert ours.dtype == theirs.get_tensor(key).dtype
-            np.testing.assert_array_equal(ours, theirs.get_tensor(key))
+            values = ours.array(key, key)
+            assert values.dtype == theirs.get_tensor(key).dtype
+            np.testing.assert_array_equal(values, theirs.get_tensor(key))
         graph = savedmodel._OBJECT_GRAPH
-        assert checkpoint.text(graph) == theirs.get_tensor(graph)
+        assert ours.text(graph) == theirs.get_tensor(graph)
 
 
 # What does not fit
@@ -399,13 +399,16 @@ def test_a_pipe_in_the_folder_is_refused_and_not_waited_for(copied):
 def test_each_limit_holds(folders, monkeypatch, limit, value):
     model = built("half")
     filled(folders / "half", model)
-    monkeypatch.setattr(savedmodel, limit, value)
+    for module in (checkpoint, savedmodel):
+        if hasattr(module, limit):
+            monkeypatch.setattr(module, limit, value)
     one_line(lambda: filled(folders / "half", model), LoadError)
 
 
 def test_the_number_of_objects_and_of_variables_is_limited(folders, monkeypatch, tmp_path):
-    monkeypatch.setattr(savedmodel, "MAX_RECORDS", 3)
-    one_line(lambda: savedmodel._Checkpoint(folders / "half"), LoadError, "variables.index")
+    for module in (checkpoint, savedmodel):
+        monkeypatch.setattr(module, "MAX_RECORDS", 3)
+    one_line(lambda: checkpoint.Checkpoint(folders / "half"), LoadError, "variables.index")
     tree = SavedObjectGraph(nodes=[SavedObject()] * 4)
     one_line(lambda: savedmodel._refuse_tree(tree.nodes, "it", tmp_path), LoadError, "more than 3 objects")
 
@@ -414,13 +417,13 @@ def test_an_index_of_one_block_over_and_over_is_refused(copied):
     """A short index could have its long blocks read a million times."""
     folder = copied()
     data = (folder / INDEX).read_bytes()
-    _, at = savedmodel._varint(data[-48:], 0)
-    _, at = savedmodel._varint(data[-48:], at)
-    handle = next(savedmodel._block(data, data[-48:], at))[1]
+    _, at = checkpoint.varint(data[-48:], 0)
+    _, at = checkpoint.varint(data[-48:], at)
+    handle = next(checkpoint._block(data, data[-48:], at))[1]
     body = b"".join(bytes((0, 1, len(handle), place)) + handle for place in range(9)) + b"\0\0\0\0\1\0\0\0"
     block = body + b"\0" + files.masked(files.crc32c(body + b"\0")).to_bytes(4, "little")
     footer = files.varint(0) * 2 + files.varint(len(data) - 48) + files.varint(len(body))
-    (folder / INDEX).write_bytes(data[:-48] + block + footer.ljust(40, b"\0") + savedmodel._MAGIC)
+    (folder / INDEX).write_bytes(data[:-48] + block + footer.ljust(40, b"\0") + checkpoint._MAGIC)
     one_line(lambda: filled(folder, built("half")), LoadError, "variables.index")
 
 
@@ -609,7 +612,7 @@ def test_an_index_that_is_no_table_of_entries_is_refused(copied):
 
 def test_names_that_unfold_are_bounded(copied, monkeypatch):
     """Each entry of an index repeats the name before it but for one byte."""
-    monkeypatch.setattr(savedmodel, "MAX_KEY_BYTES", 1 << 20)
+    monkeypatch.setattr(checkpoint, "MAX_KEY_BYTES", 1 << 20)
     folder = copied()
     first = files.varint(0) + files.varint(5000) + files.varint(0) + b"a" * 5000
     body = first + (files.varint(5000) + files.varint(0) + files.varint(0)) * 5000 + b"\0\0\0\0\1\0\0\0"
@@ -619,7 +622,7 @@ def test_names_that_unfold_are_bounded(copied, monkeypatch):
     inner = files.varint(0) + files.varint(1) + files.varint(len(entry)) + b"z" + entry + b"\0\0\0\0\1\0\0\0"
     index = inner + kind + files.masked(files.crc32c(inner + kind)).to_bytes(4, "little")
     footer = files.varint(0) * 2 + files.varint(len(block)) + files.varint(len(inner))
-    (folder / INDEX).write_bytes(block + index + footer.ljust(40, b"\0") + savedmodel._MAGIC)
+    (folder / INDEX).write_bytes(block + index + footer.ljust(40, b"\0") + checkpoint._MAGIC)
     one_line(lambda: filled(folder, built("half")), LoadError, "variables.index")
 
 
@@ -660,14 +663,14 @@ def test_flipped_bits_are_refused_or_change_no_weight(folders, copied, name):
 
 
 def test_the_checksum_is_castagnolis():
-    assert savedmodel.crc32c(b"") == 0
-    assert savedmodel.crc32c(b"123456789") == 0xE3069283
+    assert checkpoint.crc32c(b"") == 0
+    assert checkpoint.crc32c(b"123456789") == 0xE3069283
 
 
 def test_the_checksum_of_every_length_is_that_of_the_definition(monkeypatch):
     data = np.random.default_rng(0).bytes(300)
     for length in range(130):
-        assert savedmodel.crc32c(data[:length]) == files.crc32c(data[:length])
-    monkeypatch.setattr(savedmodel, "_PIECE_BYTES", 64)
+        assert checkpoint.crc32c(data[:length]) == files.crc32c(data[:length])
+    monkeypatch.setattr(checkpoint, "_PIECE_BYTES", 64)
     for length in (63, 64, 65, 128, 129, 300):
-        assert savedmodel.crc32c(data[:length]) == files.crc32c(data[:length])
+        assert checkpoint.crc32c(data[:length]) == files.crc32c(data[:length])
