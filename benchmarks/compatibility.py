@@ -29,9 +29,14 @@ FORMATS = [
     (
         "SavedModel folder that Keras wrote (TensorFlow 2.0 to 2.15, tf-keras)",
         "translated from the Keras metadata; the graph is not run",
-        "one without Keras layers is refused by name",
+        "a vocabulary that only the graph knows is refused",
     ),
-    ("JSON of `model.to_json()`", "with `--weights`", "YAML is refused"),
+    (
+        "SavedModel folder without Keras layers, or of a subclassed model (any TensorFlow, Keras 3's `model.export`)",
+        "as the graph it is: `export`, `check`, `bench`, `deploy`",
+        "nothing to fold, never proven; an operation that does more than compute is refused by name",
+    ),
+    ("JSON of `model.to_json()`, Keras 1 too", "with `--weights`", "YAML is refused"),
     ("weights of any of these", "`--weights`", ""),
 ]
 
@@ -63,7 +68,11 @@ def _lines() -> Iterator[str]:
     yield ""
     yield "## Classes under another name"
     yield ""
-    renamed = {**config.RENAMED, **dict.fromkeys(config.IDENTITIES, "Identity"), config.PRUNED: "the layer inside"}
+    renamed = {
+        **config.RENAMED,
+        **dict.fromkeys(config.IDENTITIES, "Identity"),
+        **dict.fromkeys(config.STRIPPED, "the layer inside"),
+    }
     yield from _table(("then", "in Keras 3"), ((f"`{old}`", f"`{new}`") for old, new in sorted(renamed.items())))
     yield "## Arguments"
     yield ""
@@ -87,6 +96,10 @@ def _lines() -> Iterator[str]:
     yield f"or `recurrent_activation` of {steeper}."
     yield "A lone `Activation` gets a `Rescaling` in front; elsewhere it is refused."
     yield ""
+    yield "A causal `SeparableConv1D` becomes a `ZeroPadding1D` and a valid convolution. The bilinear `UpSampling2D`"
+    yield "of Keras before 2.4 beside TensorFlow 1, which took other points than today, becomes one by repetition and"
+    yield "`AveragePooling2D`, once per factor of 2, with a notice; today's tf_keras answers otherwise there."
+    yield ""
     yield "Initializers, regularizers and constraints that Keras 3 does not know are left out with a notice: they serve"
     yield "training. Kernels saved under Theano are rotated by 180 degrees, with a notice."
     yield ""
@@ -97,10 +110,16 @@ def _lines() -> Iterator[str]:
     yield "Of files saved under Theano also `same` padding that TensorFlow does otherwise (even kernels, strides);"
     yield "Keras 1's convolution with it becomes a padding and a convolution."
     yield ""
-    yield "And uses of a layer that Keras 3 would answer otherwise without saying so: a mask that passes a merge of"
-    yield "differently masked tensors, Multiply, Minimum, Maximum, Identity, Rescaling, Normalization or"
-    yield "TimeDistributed on its way to a layer that reads it; MultiHeadAttention behind a mask, saved before 2.10;"
-    yield "training=True on what differs in training; bilinear UpSampling2D of Keras before 2.4 beside TensorFlow 1."
+    yield "And uses of a layer that Keras 3 would answer otherwise without saying so: training=True on what differs"
+    yield "in training; the bilinear UpSampling2D of Keras before 2.4 beside TensorFlow 1 by other factors than 2, 4,"
+    yield "8, ... or under Theano; a causal SeparableConv1D inside another layer; and masks in TimeDistributed: those"
+    yield "that the layer inside reads or makes, and any where the batch has a fixed size."
+    yield ""
+    yield "## Masks"
+    yield ""
+    yield "Masks are handed on as they were, by operations in the graph where Keras 3 would make others: a merge lets"
+    yield "pass what none of its masks hides, Multiply, Minimum and Maximum count what is masked, too, Identity,"
+    yield "Rescaling and Normalization take masks away, and a MultiHeadAttention saved before 2.10 does not see any."
     yield ""
     yield "What was learnt by `adapt` must stand in the description:"
     yield ""

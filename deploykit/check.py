@@ -5,6 +5,9 @@
                  yardstick (the laws are in `deploykit.verify`)
     candidate    a file on a runtime; it must have the original's names, shapes and dtypes, too
 
+An opaque model (`deploykit.opaque`) cannot be evaluated in float64: there the reference is its own float32 answer, and
+the yardstick is what errors of float32's size, put into its weights and inputs, make of that answer.
+
 Each candidate answers the first sample alone and the rest in slices, so that a file whose batch size is
 frozen fails here and not in production. Nothing compared is a failure, never a pass.
 """
@@ -26,6 +29,7 @@ from deploykit.errors import DeploykitError
 from deploykit.fuse.proof import slice_of
 from deploykit.graph import float32_only, replay, run, trace
 from deploykit.load import load
+from deploykit.opaque import graph_of, nudge, nudged
 from deploykit.signature import Signature
 
 Arrays = Mapping[str, npt.NDArray[Any]]
@@ -42,7 +46,10 @@ class Candidate:
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """What right means: outputs in float64, the original's own answers, and on which samples."""
+    """What right means: outputs in float64, the original's own answers, and on which samples.
+
+    Where ``precision`` is "float32" the outputs are the original's own, and ``original`` are those of its nudged copy.
+    """
 
     model: str
     signature: Signature
@@ -83,6 +90,8 @@ class Comparison:
 def make_reference(name: str, model: Any, samples: Samples) -> Reference:
     """Evaluate a Keras model in float64 and as it is; the float64 copy is gone when this returns."""
     found = trace(model)
+    if graph_of(model) is not None:
+        return _opaque_reference(name, model, found.signature, samples)
     batch = slice_of(found)
     double = replay(found, dtype="float64")
     names = [spec.name for spec in found.signature.outputs]
@@ -92,6 +101,15 @@ def make_reference(name: str, model: Any, samples: Samples) -> Reference:
     single = float32_only(found)
     notices = (f"TensorFlow evaluates {', '.join(single[:3])} in float32, in the reference too",) if single else ()
     return Reference(name, found.signature, samples, outputs, original, notices)
+
+
+def _opaque_reference(name: str, model: Any, signature: Signature, samples: Samples, seed: int = 0) -> Reference:
+    names = [spec.name for spec in signature.outputs]
+    outputs = dict(zip(names, run(model, samples.arrays, batch=32), strict=True))
+    rng = np.random.default_rng(seed)
+    off = {key: nudge(array, rng) for key, array in samples.arrays.items()}
+    yardstick = dict(zip(names, run(nudged(model, seed), off, batch=32), strict=True))
+    return Reference(name, signature, samples, outputs, yardstick, (), precision="float32")
 
 
 def _answers(session: runtimes.Session, samples: Samples, fixed: int | None, batch: int = 32) -> dict[str, Any]:

@@ -468,7 +468,7 @@ def export(
         target = claim(output or model.with_suffix(".onnx"), force=force, inputs=(model, weights, data))
         size = _batch(batch)
         terminal.progress("loading")
-        from deploykit.deploy import Clock, export_checked, fuse_body, samples_for
+        from deploykit.deploy import Clock, export_checked, fused_part, samples_for, verdict
 
         clock = Clock()
         loaded = _load(model, custom_objects, weights, allow_code)
@@ -480,7 +480,7 @@ def export(
                 loaded,
                 target,
                 samples=inputs,
-                fusing=not no_fuse,
+                fusing=not no_fuse and loaded.opaque is None,
                 keep=keep or (),
                 barrier=barrier or (),
                 own_samples=data is not None,
@@ -491,25 +491,25 @@ def export(
                 progress=terminal.progress,
                 clock=clock,
             )
-        passed = bool(result.check["passed"])
         body = {
             "opset": opset,
             "size_bytes": result.exported.bytes,
-            "fuse": fuse_body(result.fused, result.findings) if result.fused else None,
+            "fuse": fused_part(loaded, result) if loaded.opaque or not no_fuse else None,
             "check": result.check,
         }
+        proven, reason = verdict(result.check)
         report = _report(
             "export",
             clock,
             body,
             model=str(model),
-            proven=passed and result.unproven is None,
-            reason=result.unproven,
+            proven=proven,
+            reason=reason,
             notices=result.notices,
             outputs_written=result.written,
         )
-        if result.unproven is not None:
-            _fail_after_report(terminal, report, f"{model}: {result.unproven}; nothing was written")
+        if result.refused is not None:
+            _fail_after_report(terminal, report, f"{model}: {result.refused}; nothing was written")
         _finish(terminal, report)
 
 
@@ -547,7 +547,7 @@ def check(
         from deploykit.check import body as check_body
         from deploykit.check import candidate_for, make_reference
         from deploykit.check import check as run
-        from deploykit.deploy import Clock, samples_for, unproven_reason, worst
+        from deploykit.deploy import Clock, refusal, samples_for, verdict
 
         clock = Clock()
         trust = {"custom_objects": tuple(custom_objects or ()), "allow_code": allow_code}
@@ -562,17 +562,17 @@ def check(
             terminal.progress("running the candidates")
             body = check_body(right, run(right, chosen, policy), policy)
         clock.lap("candidates")
-        why = unproven_reason(body) if body["passed"] else worst(body)
+        proven, reason = verdict(body)
         report = _report(
             "check",
             clock,
             body,
             model=str(reference),
-            proven=bool(body["passed"]) and why is None,
-            reason=why,
+            proven=proven,
+            reason=reason,
             notices=[*loaded.notices, *right.notices],
         )
-        if why is not None:
+        if (why := refusal(body)) is not None:
             _fail_after_report(terminal, report, why)
         _finish(terminal, report)
 

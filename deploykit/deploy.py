@@ -37,6 +37,7 @@ from deploykit.graph import signature as signature_of
 from deploykit.graph import trace
 from deploykit.inspection import health_of, signature_json, source_json
 from deploykit.load import Loaded
+from deploykit.opaque import graph_of, operations
 from deploykit.report import Report, dumps
 from deploykit.report.html import page
 from deploykit.report.markdown import model_card
@@ -136,6 +137,28 @@ def fuse_body(fused: Fused, findings: Sequence[Mapping[str, str]] = ()) -> dict[
     }
 
 
+def fused_part(loaded: Loaded, made: Checked) -> dict[str, Any]:
+    """The keys of ``deploykit.fuse/1`` within another report.
+
+    A model without layers has ``folding`` there: the operations of its graph, and those that are left in the file.
+    """
+    if made.fused is not None:
+        return fuse_body(made.fused, made.findings)
+    graph = graph_of(loaded.model)
+    assert graph is not None
+    parameters = loaded.model.count_params()
+    return {
+        "affines": {"total": 0, "fused": 0, "reduced": 0, "kept": 0, "by_kind": {}},
+        "decisions": [],
+        "params": {"before": parameters, "after": parameters},
+        "exactness_f64": None,
+        "exactness_bound": None,
+        "exactness_stored": None,
+        "reason": "a TensorFlow graph has no layers to fold; what is constant in it was folded",
+        "folding": {"before": operations(graph.definition).total(), "after": made.exported.operations},
+    }
+
+
 def metadata(loaded: Loaded, fused: Fused | None) -> dict[str, str]:
     """The ``metadata_props`` record of an exported file."""
     record = {
@@ -154,7 +177,7 @@ class Checked:
     """A file that was exported and compared: everything that was made on the way.
 
     ``reference`` is the one the file was judged by (whole batches only, where its batch size is fixed);
-    ``check`` the body of the check report; ``unproven`` why the result is no proof, or None.
+    ``check`` the body of the check report.
     """
 
     fused: Fused | None
@@ -166,8 +189,9 @@ class Checked:
     findings: list[dict[str, str]]  # about the health of the model fused
 
     @property
-    def unproven(self) -> str | None:
-        return unproven_reason(self.check) if self.check["passed"] else worst(self.check)
+    def refused(self) -> str | None:
+        """Why nothing may be written, or None."""
+        return refusal(self.check)
 
 
 def export_checked(
@@ -223,7 +247,7 @@ def export_checked(
         found = body(shipped, comparisons, policy)
         clock.lap("check")
         written = []
-        if found["passed"] and unproven_reason(found) is None:
+        if refusal(found) is None:
             path.absolute().parent.mkdir(parents=True, exist_ok=True)
             for file in Path(room).iterdir():
                 claim(path.with_name(file.name), force=force)
@@ -268,6 +292,7 @@ def deploy(
             loaded,
             room / "model.onnx",
             samples=samples,
+            fusing=loaded.opaque is None,
             keep=keep,
             barrier=barrier,
             own_samples=data.data is not None,
@@ -278,9 +303,9 @@ def deploy(
             progress=progress,
             clock=clock,
         )
-        if made.unproven is not None:
+        if made.refused is not None:
             report = _report(loaded, made, {}, {"bundle": None}, clock, ())
-            raise failed(f"{loaded.path}: {made.unproven}; nothing was written", report)
+            raise failed(f"{loaded.path}: {made.refused}; nothing was written", report)
         timed = _timed(loaded, made, room, samples, opset)
         clock.lap("export")
         progress("measuring latency")
@@ -330,11 +355,13 @@ def with_batch(reference: Reference, batch: int | None) -> Reference:
 
 def _timed(loaded: Loaded, made: Checked, room: Path, samples: Samples, opset: int) -> list[Timed]:
     """What is timed side by side: what the user runs today, and ours last. Written into ``room``."""
-    assert made.fused is not None
     rows = []
-    for name, model in (("Keras", loaded.model), ("fused Keras", made.fused.model)):
-        file = write_keras(model, room / f"{name.replace(' ', '-')}.keras")
-        rows.append(Timed(f"{name} (tf.function)", file, "keras", options=loaded.options))
+    if made.fused is None:
+        rows.append(Timed("TensorFlow graph", loaded.path, "keras"))
+    else:
+        for name, model in (("Keras", loaded.model), ("fused Keras", made.fused.model)):
+            file = write_keras(model, room / f"{name.replace(' ', '-')}.keras")
+            rows.append(Timed(f"{name} (tf.function)", file, "keras", options=loaded.options))
     try:
         stock = export_stock(loaded.model, room / "stock.onnx", samples.head(2).arrays, opset=opset)
         rows.append(Timed(f"{stock.kind} export", stock.path, "onnxruntime-cpu"))
@@ -354,13 +381,23 @@ def worst(check_body: Mapping[str, Any]) -> str:
     return "nothing was compared"
 
 
-def unproven_reason(check_body: Mapping[str, Any]) -> str | None:
-    """Why a passed check is no proof: every output hardly varies between the samples."""
+def refusal(check_body: Mapping[str, Any]) -> str | None:
+    """Why a check does not count: it failed, or every output hardly varies between the samples."""
+    if not check_body["passed"]:
+        return worst(check_body)
     for comparison in check_body["comparisons"]:
         outputs = comparison["outputs"]
         if outputs and all(output["insensitive"] for output in outputs):
             return "no output varies between the samples, so agreement is no evidence; give real inputs with --data"
     return None
+
+
+def verdict(check_body: Mapping[str, Any]) -> tuple[bool, str | None]:
+    """Whether a check proves what it compared, and the reason where it does not."""
+    reason = refusal(check_body)
+    if reason is None and check_body["reference"]["precision"] != "float64":
+        reason = "a TensorFlow graph has no float64 reference: compared with its own float32 answer"
+    return reason is None, reason
 
 
 def _report(
@@ -371,16 +408,16 @@ def _report(
     clock: Clock,
     written: Sequence[str],
 ) -> Report:
-    assert made.fused is not None
+    proven, reason = verdict(made.check)
     return Report(
         verb="deploy",
         version=deploykit.__version__,
         model=str(loaded.path),
-        proven=made.unproven is None,
-        reason=made.unproven,
+        proven=proven,
+        reason=reason,
         body={
             "source": source_json(loaded),
-            "fuse": fuse_body(made.fused, made.findings),
+            "fuse": fused_part(loaded, made),
             "check": made.check,
             "bench": dict(bench_body),
             **more,

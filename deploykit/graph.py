@@ -629,26 +629,162 @@ class _Resampling(keras.layers.Layer):  # type: ignore[misc]
 
 # ------------------------------------------------------------------------------ channels in front, on a CPU
 
+# In front of its spatial axes, of which a layer has ``rank``, the channels of a tensor stand at ``ndim - rank - 1``:
+# behind the batch, and behind the axis of time of every TimeDistributed and of a ConvLSTM. Behind them they stand last.
+
 _FORMATS = ("keras.src.layers.convolutional.", "keras.src.layers.pooling.", "keras.src.layers.reshaping.")
+_MEMORIES = (L.ConvLSTM1D, L.ConvLSTM2D, L.ConvLSTM3D)
+_ALONG = {"softmax", "log_softmax", "sparsemax", "glu"}  # activations along the last axis, wherever channels are
+
+
+def _inmost(layer: Any) -> Any:
+    """What TimeDistributed applies at any depth, or the forward half of a Bidirectional."""
+    if isinstance(layer, L.Bidirectional):
+        return layer.forward_layer
+    while isinstance(layer, L.TimeDistributed):
+        layer = layer.layer
+    return layer
+
+
+def _is_elementwise(activation: Any) -> bool:
+    own = getattr(activation, "__module__", "").startswith("keras.src.activations")
+    return own and activation.__name__ not in _ALONG
 
 
 def _turns(layer: Any) -> bool:
     """Whether a layer keeps channels in front and has an equivalent that keeps them last."""
-    return getattr(layer, "data_format", None) == "channels_first" and type(layer).__module__.startswith(_FORMATS)
+    inner = _inmost(layer)
+    if getattr(inner, "data_format", None) != "channels_first":
+        return False
+    if isinstance(inner, _MEMORIES):
+        halves = (layer.forward_layer, layer.backward_layer) if isinstance(layer, L.Bidirectional) else (layer,)
+        return all(
+            isinstance(half, _MEMORIES)
+            and half.data_format == "channels_first"
+            and _is_elementwise(half.activation)
+            and _is_elementwise(half.recurrent_activation)
+            for half in halves
+        )
+    return type(inner).__module__.startswith(_FORMATS)
 
 
-def _moved(tensor: Any, source: int, target: int, name: str) -> Any:
-    result = keras.ops.moveaxis(tensor, source, target)
-    result._keras_history.operation.name = name
-    return result
+def _channel_axis(layer: Any) -> int:
+    """Where the channels of what a layer that `_turns` is given stand."""
+    axis = 2 if isinstance(_inmost(layer), _MEMORIES) else 1
+    while isinstance(layer, L.TimeDistributed):
+        axis, layer = axis + 1, layer.layer
+    return axis
+
+
+def _last(config: Any) -> Any:
+    """A layer config in which channels stand last, also of wrapped layers, built for no shape yet."""
+    if not isinstance(config, Mapping):
+        return config
+    return {
+        key: "channels_last" if key == "data_format" and value == "channels_first" else _last(value)
+        for key, value in config.items()
+        if key != "build_config"
+    }
+
+
+def _linear(config: Config, layer: Any) -> Config:
+    """The config of a layer without the activation of what it applies."""
+    if isinstance(layer, L.TimeDistributed):
+        inner = config["layer"]
+        return {**config, "layer": {**inner, "config": _linear(inner["config"], layer.layer)}}
+    return {**config, "activation": "linear"}
+
+
+class _Turn:
+    """One call of a layer that keeps channels in front, by an equivalent that keeps them last."""
+
+    def __init__(self, found: Trace, node: Node) -> None:
+        self.node, self.layer = node, node.layer
+        self.inner = _inmost(self.layer)
+        self.remembers = isinstance(self.inner, _MEMORIES)
+        self.ndim = len(found.tensors[node.inputs[0]].shape)
+        self.rank = self.ndim - _channel_axis(self.layer) - 1
+        self.activation = None if self.remembers else getattr(self.inner, "activation", None)
+        self.splits = self.activation is not None and not _is_elementwise(self.activation)
+        # a Bidirectional joins along the last axis, which is one of space
+        self.joins = isinstance(self.layer, L.Bidirectional) and self.layer.merge_mode == "concat"
+        self.count = 0
+
+    def config(self) -> Config:
+        """What changes in the layer's config."""
+        config = _last(self.layer.get_config())
+        config = _linear(config, self.layer) if self.splits else config
+        return {**config, **({"merge_mode": None} if self.joins else {}), "name": self.node.name}
+
+    def moved(self, tensor: Any, *, back: bool = False) -> Any:
+        """A tensor with its channels last, or ``back`` in front."""
+        front = len(tensor.shape) - self.rank - 1
+        result = keras.ops.moveaxis(tensor, *((-1, front) if back else (front, -1)))
+        self.count += 1
+        result._keras_history.operation.name = f"{self.name('back' if back else 'turned')}.{self.count}"
+        return result
+
+    def name(self, what: str) -> str:
+        return f"{self.node.name}.{what}.{self.node.index}"
+
+    def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments for the turned layer: its input, and the states of a recurrence; a mask has no channels."""
+
+        def turn(value: Any) -> Any:
+            return self.moved(value) if isinstance(value, keras.KerasTensor) else value
+
+        further = {key: value if key == "mask" else tree.map_structure(turn, value) for key, value in kwargs.items()}
+        return tree.map_structure(turn, args), further
+
+    def answer(self, results: Any) -> list[Any]:
+        """What the layer itself answers, from what the turned one does."""
+        found = [
+            self.moved(result, back=True) if self.remembers or len(result.shape) == self.ndim else result
+            for result in tree.flatten(results)
+        ]
+        if self.splits:
+            found = [L.Activation(self.activation, dtype=self.layer.dtype_policy, name=self.name("activation"))(*found)]
+        if self.joins:
+            forth, back, *states = found
+            found = [L.Concatenate(dtype=self.layer.dtype_policy, name=self.name("joined"))([forth, back]), *states]
+        return found
+
+
+def _inner_model(layer: Any) -> Any | None:
+    """The model that a layer is, or that TimeDistributed applies, of which some layer turns."""
+    inner = _inmost(layer)
+    if _functional(inner) is None or not any(_turns(part) for part in inner._flatten_layers()):
+        return None
+    return inner
+
+
+def _runnable_whole(found: Trace, node: Node) -> Any | None:
+    """A model that is called as a whole, or under TimeDistributed, as a `runnable` one, weights included.
+
+    None where there is nothing to turn, and where a mask goes in, which the transpositions would not hand on.
+    """
+    inner = _inner_model(node.layer)
+    masks = (call.kwargs.get("mask") for call in found.nodes if call.layer is node.layer)
+    if inner is None or any(mask is not None for mask in tree.flatten(list(masks))):
+        return None
+
+    def wrapped(layer: Any) -> Any:
+        if not isinstance(layer, L.TimeDistributed):
+            return runnable(layer)
+        return L.TimeDistributed(wrapped(layer.layer), dtype=layer.dtype_policy, name=layer.name)
+
+    whole = wrapped(node.layer)
+    whole.name = node.name
+    return whole
 
 
 def runnable(model: Any) -> Any:
     """A model that computes the same and that TensorFlow can run anywhere; the model itself where it can already.
 
     TensorFlow has few kernels for channels_first on a CPU, so that such layers become their channels_last equivalents
-    between two transpositions: the same sums, and kernels have one layout in both formats. Limits: not inside wrappers,
-    recurrences and models that are called as a whole.
+    between two transpositions: the same sums, and kernels have one layout in both formats. So do layers and models
+    under TimeDistributed, and ConvLSTM layers, also in both directions. Limits: not inside custom layers, not in a
+    TimeDistributed recurrence, and not in a model that is called as a whole with a mask.
     """
     if not any(_turns(layer) for layer in functional_form(model)._flatten_layers()):
         return model
@@ -664,9 +800,15 @@ def misplaced_biases(model: Any) -> tuple[str, ...]:
     if not any(_turns(layer) for layer in functional_form(model)._flatten_layers()):
         return ()
     found = trace(model)
-    biased = [node for node in found.nodes if _turns(node.layer) and getattr(node.layer, "use_bias", False)]
-    sizes = [(node.name, found.tensors[node.outputs[0]].shape) for node in biased]
-    return tuple(dict.fromkeys(name for name, shape in sizes if shape[-1] == shape[1]))
+    names = []
+    for node in found.nodes:
+        inner, whole = _inmost(node.layer), _inner_model(node.layer)
+        shape = found.tensors[node.outputs[0]].shape
+        if whole is not None:
+            names += [f"{node.name}/{name}" for name in misplaced_biases(whole)]
+        elif _turns(node.layer) and getattr(inner, "use_bias", False) and not isinstance(inner, _MEMORIES):
+            names += [node.name] if shape[-1] == shape[_channel_axis(node.layer)] else []
+    return tuple(dict.fromkeys(names))
 
 
 # Activations that squash an output so far that differences in front of it hardly show behind it.
@@ -755,21 +897,23 @@ def replay(
                     tensors[node.outputs[0]] = padded
                     continue
                 tensors[node.inputs[0]] = padded  # for this call only
-            turns = turned and _turns(node.layer)
-            if turns:
-                whole = tensors[node.inputs[0]]
-                tensors[node.inputs[0]] = _moved(whole, 1, -1, f"{node.name}.turned.{node.index}")  # for this call only
             args, kwargs = tree.map_structure(put, node.args), tree.map_structure(put, node.kwargs)
+            turn = _Turn(found, node) if turned and _turns(node.layer) else None
+            if turn is not None:
+                args, kwargs = turn.given(args, kwargs)
             last = logits and any(found.is_output(index) for index in node.outputs)
             see = _squashes(node) if last and found.calls(node) == 1 else None
             if see == "input":
                 extra.append(tensors[node.inputs[0]])
             new = layers.get(id(node.layer))
             if new is None:
-                change = {**changes.get(node.name, {}), **({"data_format": "channels_last"} if turns else {})}
+                change = {**changes.get(node.name, {}), **({} if turn is None else turn.config())}
                 if see == "split":
                     change["activation"] = "linear"
-                if dtype == "float64" and _resampled(found, node):
+                filled = _runnable_whole(found, node) if turned else None
+                if filled is not None:
+                    new = filled
+                elif dtype == "float64" and _resampled(found, node):
                     new = _Resampling(node.layer, found.tensors[node.inputs[0]].shape, dtype=dtype, name=node.name)
                 elif dtype == "float64" and _pools_cubes(found, node):
                     new = _Pooling3D(node.layer, dtype=dtype, name=node.name)
@@ -779,7 +923,7 @@ def replay(
                     new = _clone(node, change, dtype)
                 layers[id(node.layer)] = new
                 results = new(*args, **kwargs)
-                if isinstance(node.layer, L.Layer):
+                if isinstance(node.layer, L.Layer) and filled is None:
                     given = weights(node.name)
                     if given is None:
                         _copy_weights(new, node.layer, node.name)
@@ -793,10 +937,10 @@ def replay(
             if see == "split":
                 extra.append(results)
                 results = L.Activation(node.layer.activation, dtype=dtype, name=f"{node.name}.{see}")(results)
-            if turns and len(results.shape) == len(found.tensors[node.inputs[0]].shape):
-                results = _moved(results, -1, 1, f"{node.name}.back.{node.index}")
+            if turn is not None:
+                results = turn.answer(results)
             tensors.update(zip(node.outputs, tree.flatten(results), strict=True))
-            if pad is not None or turns:
+            if pad is not None:
                 tensors[node.inputs[0]] = whole
 
         inputs = tree.map_structure(lambda ref: tensors[found.inputs[ref.index]], found.input_structure)

@@ -16,6 +16,7 @@ from deploykit.fuse.sources import kinds
 from deploykit.graph import Trace, trace
 from deploykit.health import examine, summary, training_steps
 from deploykit.load import Loaded, nonfinite_weights, refuse_rewriting
+from deploykit.opaque import graph_of, operations
 from deploykit.signature import Signature, TensorSpec
 
 
@@ -48,6 +49,7 @@ def source_json(loaded: Loaded) -> dict[str, Any]:
         "generation": loaded.generation,
         "backend": loaded.backend,
         "training_config_found": loaded.training_config_found,
+        "opaque": loaded.opaque,
     }
 
 
@@ -60,6 +62,14 @@ def health_of(loaded: Loaded, found: Trace) -> tuple[list[dict[str, str]], list[
     findings = examine(found, training_steps(loaded.path) if loaded.training_config_found else None)
     plain = [{"layer": finding.layer, "code": finding.code, "message": finding.message} for finding in findings]
     return plain, summary(findings)
+
+
+def _graph_json(model: Any) -> dict[str, Any] | None:
+    """What there is to say about an opaque model: where its graph is from, and its operations."""
+    graph = graph_of(model)
+    if graph is None:
+        return None
+    return {"origin": graph.origin, "operations": dict(operations(graph.definition).most_common())}
 
 
 def inspect_body(loaded: Loaded) -> dict[str, Any]:
@@ -104,4 +114,5 @@ def inspect_body(loaded: Loaded) -> dict[str, Any]:
         "layers": layers,
         "health": health,
         "findings": findings,
+        "graph": _graph_json(model),
     }

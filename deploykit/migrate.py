@@ -205,6 +205,11 @@ def migrate(
     data, clock = data or DataOptions(), clock or Clock()
     if Path(output).suffix != ".keras":
         raise InputError(f"-o {output}: a migrated model is written as .keras; give a name that ends so")
+    if loaded.opaque is not None:
+        raise UnsupportedModelError(
+            f"{loaded.path} is a TensorFlow graph without Keras layers, which no .keras file can hold; "
+            "`deploykit export` takes it as it is"
+        )
     claim(output, force=force, inputs=(loaded.path, weights, data.data))
     with tempfile.TemporaryDirectory(prefix="deploykit-") as scratch, state.undisturbed():
         room = Path(scratch)
@@ -256,7 +261,7 @@ def _proven(
             )
         clock.lap("reference")
         copy, filled = _private_copy(loaded, weights, room)
-        if loaded.generation >= 3:
+        if loaded.generation is not None and loaded.generation >= 3:
             progress("running the old file in Keras")
             witness = _keras(copy, filled, samples.arrays, reference.batch, safe)
         else:

@@ -3,6 +3,7 @@
     python tests/fuzzing.py --cases 500 --seed 7             that many cases; failing files are kept in --keep
     python tests/fuzzing.py --seconds 300 --seed 7           as many as fit
     python tests/fuzzing.py --seed 7 --only 123              one case again, by its number
+    python tests/fuzzing.py --cases 500 --kind "old hdf5"    of one kind (``KINDS``) alone
 
 Small valid files of every kind (``KINDS``) are written once, by a process of its own. A case is drawn from the seed and
 its number alone: a kind, a net, and one to three mutations, from flipped bits to a description whose layers swap their
@@ -28,6 +29,7 @@ import contextlib
 import copy
 import fcntl
 import io
+import itertools
 import json
 import os
 import pickle
@@ -125,11 +127,91 @@ def _operations(k: Any) -> Any:
 NETS = {"branches": _branches, "steps": _steps, "chain": _chain, "operations": _operations}
 
 
+def _first_branches(k: Any) -> Any:
+    """A graph of Theano: paddings of its own, a shared layer, two outputs."""
+    norm, shared = k.batchnorm("norm", 3, axis=1), k.dense("shared", 27, 4, "hard_sigmoid")
+    shared[0]["config"].update(W_regularizer={"name": "WeightRegularizer", "l1": 0.0, "l2": 0.01})
+    sums = k.merge("sum", "sum")
+    calls = [
+        (k.source("image", 2, 5, 5), []),
+        (k.conv2d("conv", 2, 3, 2, 2, order="th", border_mode="same", subsample=[2, 2]), [("image", 0, 0)]),
+        (norm, [("conv", 0, 0)]),
+        (k.layer("PReLU", "bend", None, {"bend_alphas": k.rand(3, 3, 3)}, init="zero"), [("norm", 0, 0)]),
+        (k.layer("Flatten", "flat"), [("bend", 0, 0)]),
+        (shared, [("flat", 0, 0)]),
+        (sums, [("shared", 0, 0), ("shared", 1, 0)]),
+        (k.dense("left", 4, 2, W_constraint={"name": "MaxNorm", "m": 2, "axis": 0}), [("sum", 0, 0)]),
+        (k.merge("right", "concat"), [("sum", 0, 0), ("sum", 0, 0)]),
+    ]
+    model, groups = k.functional("branches", calls, [("left", 0, 0), ("right", 0, 0)])
+    entry = next(item for item in model["config"]["layers"] if item["name"] == "shared")
+    entry["inbound_nodes"] *= 2
+    return model, groups
+
+
+def _first_steps(k: Any) -> Any:
+    """Recurrent layers, wrappers and a nested model."""
+    each, lstm = k.dense("each", 4, 3), k.recurrent("LSTM", "lstm", 3, 2, prefix="forward_", return_sequences=True)
+    behind = k.recurrent("LSTM", "lstm", 3, 2, prefix="backward_")[1]
+    both = k.layer("Bidirectional", "both", None, lstm[1] | behind, layer=lstm[0], merge_mode="concat")
+    body, parts = k.sequential(k.dense("inner", 2, 3, shape=[2]), k.batchnorm("ln", 3))
+    inner, norm = parts.values()
+    calls = [
+        (k.source("words", 4, dtype="int32"), []),
+        (k.embedding("embed", 5, 3, length=4), [("words", 0, 0)]),
+        (both, [("embed", 0, 0)]),
+        (k.layer("TimeDistributed", "spread", None, each[1], layer=each[0]), [("both", 0, 0)]),
+        (k.recurrent("GRU", "cells", 3, 2, consume_less="gpu"), [("spread", 0, 0)]),
+        (({**body, "name": "nest"}, inner | norm), [("cells", 0, 0)]),
+    ]
+    return k.functional("steps", calls, [("nest", 1, 0)])
+
+
+def _first_chain(k: Any) -> Any:
+    return k.sequential(
+        k.conv1d("first", 2, 3, 2, shape=[6, 2]),
+        k.pool("MaxPooling1D", "pool", 2),
+        k.layer("LeakyReLU", "relu", alpha=0.1),
+        k.layer("Flatten", "flat"),
+        k.layer("Dropout", "drop", p=0.5),
+        k.dense("last", 6, 2, "softmax"),
+    )
+
+
+def _first_operations(k: Any) -> Any:
+    """A Sequential that begins with a Merge of Sequentials, and layers that are several in Keras 2."""
+    grown = {"output_dim": 3, "init": "glorot_uniform", "nb_feature": 2, "bias": True, "input_dim": None, **k.TRAINING}
+    left = [k.layer("ZeroPadding2D", "pad", [4, 4, 2], padding=[1, 1]), k.conv2d("conv", 2, 3, 3, 3)]
+    right = [k.layer("UpSampling2D", "grow", [2, 2, 3], size=[2, 2])]
+    top = [
+        k.pool("MaxPooling2D", "pool", [2, 2]),
+        k.layer("Flatten", "flat"),
+        k.layer("MaxoutDense", "maxout", None, {"maxout_W": k.rand(2, 12, 3), "maxout_b": k.rand(2, 3)}, **grown),
+    ]
+    model, _ = k.sequential(k.merge("sum", "sum", [k.sequential(*part)[0] for part in (left, right)]), *top)
+    return model, {entry["config"]["name"]: arrays for entry, arrays in [*left, *right, *top]}
+
+
+FIRST = {  # as Keras 1 wrote them -> on which backend
+    "branches": (_first_branches, "theano"),
+    "steps": (_first_steps, "tensorflow"),
+    "chain": (_first_chain, "theano"),
+    "operations": (_first_operations, "tensorflow"),
+}
+
+
 def write_seeds(folder: Path) -> None:
     """Every net in every kind; in a process that may import and compute what it likes."""
     import keras
+    import legacy_keras1_files
     import tf_keras
 
+    for name, (first, backend) in FIRST.items():
+        model, groups = first(legacy_keras1_files)
+        legacy_keras1_files.write(folder / f"{name}_first.h5", model, groups, backend=backend)
+        described, weights = legacy_keras1_files.write_apart(folder, model, groups, backend=backend)
+        described.rename(folder / f"{name}_first.json")
+        weights.rename(folder / f"{name}_first_weights.h5")
     for name, net in NETS.items():
         new, old = net(keras), net(tf_keras)
         new.save(folder / f"{name}.keras")
@@ -163,6 +245,9 @@ KINDS = {
     "old json": Kind("{}_old.json", weights="{}_old_weights.h5"),
     "old weights": Kind("{}_old_weights.h5", model="{}_old.json"),
     "old whole as weights": Kind("{}_old.keras", model="{}_old.json"),
+    "first hdf5": Kind("{}_first.h5"),
+    "first json": Kind("{}_first.json", weights="{}_first_weights.h5"),
+    "first weights": Kind("{}_first_weights.h5", model="{}_first.json"),
 }
 
 
@@ -367,9 +452,12 @@ def mutate_hdf5(rng: Random, data: bytes) -> bytes:
     """Edit attributes, links and datasets; a description inside is edited as JSON."""
     import h5py
 
+    from deploykit.load.hdf5 import refuse_heaps
+
     if rng.random() < 0.3:
         return mutate_bytes(rng, data)
     buffer = io.BytesIO(data)
+    refuse_heaps(buffer, "what an earlier mutation made")  # libhdf5 would hang here, where nothing stops it
     with h5py.File(buffer, "r+") as file:
         if "model_config" in file.attrs and rng.random() < 0.5:
             text = mutate_json(rng, file.attrs["model_config"].encode()).decode("utf-8", "replace").replace("\0", "?")
@@ -871,6 +959,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--start", type=int, default=0, help="number of the first case")
     parser.add_argument("--only", type=int, nargs="*", help="numbers of single cases")
+    parser.add_argument("--kind", nargs="*", choices=sorted(KINDS), default=sorted(KINDS), help="of these kinds alone")
     parser.add_argument("--keep", type=Path, default=None, help="folder for failing files")
     parser.add_argument("--valid", type=Path, default=None, help="folder for the valid files, to use them again")
     parser.add_argument("--write", type=Path, default=None, help=argparse.SUPPRESS)
@@ -889,7 +978,8 @@ def main() -> int:
         if (why := valid_files_load(folder)) is not None:
             print(why, flush=True)
             return 2
-        numbers = iter(options.only or range(options.start, options.start + options.cases))
+        drawn = (n for n in itertools.count(options.start) if Case(seed, n).drawn()[1] in options.kind)
+        numbers = iter(options.only or itertools.islice(drawn, options.cases))
         failed = fuzz(seed, numbers, options.seconds, folder, keep, lambda line: print(line, flush=True))
     return 1 if failed else 0
 

@@ -34,19 +34,38 @@ def write(
     version: str | None = "1.2.2",
 ) -> Path:
     """``keras.models.save_model`` of Keras 1: no backend; variables of TensorFlow end in ``:0``."""
-    suffix = ":0" if backend == "tensorflow" else ""
     with h5py.File(path, "w") as file:
         if version is not None:
             file.attrs["keras_version"] = version.encode()
         file.attrs["model_config"] = json.dumps(model).encode()
-        weights = file.create_group("model_weights")
-        weights.attrs["layer_names"] = [name.encode() for name in groups]
-        for name, arrays in groups.items():
-            group = weights.create_group(name)
-            group.attrs["weight_names"] = [f"{weight}{suffix}".encode() for weight in arrays]
-            for weight, value in arrays.items():
-                group.create_dataset(f"{weight}{suffix}", data=value)
+        _write_groups(file.create_group("model_weights"), groups, backend)
     return path
+
+
+def write_apart(
+    folder: Path,
+    model: Entry,
+    groups: Mapping[str, Arrays],
+    *,
+    backend: str = "tensorflow",
+    version: str | None = "1.2.2",
+) -> tuple[Path, Path]:
+    """``model.to_json`` and ``model.save_weights`` of Keras 1: neither names the backend, weights no version either."""
+    described, weights = folder / "model.json", folder / "weights.h5"
+    described.write_text(json.dumps({**model, "keras_version": version} if version else model))
+    with h5py.File(weights, "w") as file:
+        _write_groups(file, groups, backend)
+    return described, weights
+
+
+def _write_groups(weights: h5py.Group, groups: Mapping[str, Arrays], backend: str) -> None:
+    suffix = ":0" if backend == "tensorflow" else ""
+    weights.attrs["layer_names"] = [name.encode() for name in groups]
+    for name, arrays in groups.items():
+        group = weights.create_group(name)
+        group.attrs["weight_names"] = [f"{weight}{suffix}".encode() for weight in arrays]
+        for weight, value in arrays.items():
+            group.create_dataset(f"{weight}{suffix}", data=value)
 
 
 # -------------------------------------------------------------------------------------------------- descriptions

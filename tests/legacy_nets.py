@@ -2,8 +2,8 @@
 
     python tests/legacy_nets.py FOLDER
 
-Builds every net of `NETS` with tf_keras, draws its weights, and writes ``NAME.h5``, ``NAME.keras`` (tf-keras' archive)
-and ``NAME.npz`` with inputs ``x0``, ``x1``, ... and the answers ``y0``, ``y1``, ... of tf_keras itself.
+Builds every net of `NETS` with tf_keras, draws its weights, and writes ``NAME.h5``, ``NAME.keras`` (tf-keras' archive,
+but for `ONLY_HDF5`) and ``NAME.npz`` with inputs ``x0``, ``x1``, ... and the answers ``y0``, ``y1``, ... of tf_keras.
 """
 
 from __future__ import annotations
@@ -55,6 +55,16 @@ ROWS: dict[str, Any] = {
         IMAGE, ("DepthwiseConv2D", {"kernel_size": 3, "depth_multiplier": 2, "dilation_rate": 2})
     ),
     "separable1d": _sequential(SEQUENCE, ("SeparableConv1D", {"filters": 5, "kernel_size": 3})),
+    "separable_causal": _sequential(
+        SEQUENCE,
+        ("SeparableConv1D", {"filters": 5, "kernel_size": 3, "padding": "causal", "dilation_rate": 2}),
+        ("SeparableConv1D", {"filters": 2, "kernel_size": 2, "padding": "causal", "strides": 2, "activation": "tanh"}),
+    ),
+    "spectral": _sequential(
+        (4, 8, 7, 3),
+        ("TimeDistributed", {"layer": lambda k: k.layers.SpectralNormalization(k.layers.Conv2D(4, 3))}),
+        ("SpectralNormalization", {"layer": lambda k: k.layers.Dense(3, use_bias=False)}),
+    ),
     "separable2d": _sequential(IMAGE, ("SeparableConv2D", {"filters": 5, "kernel_size": 3, "depth_multiplier": 2})),
     "bn": _sequential(IMAGE, ("BatchNormalization", {}), ("BatchNormalization", {"axis": 1, "scale": False})),
     "sync_bn": _sequential(IMAGE, ("BatchNormalization", {"synchronized": True})),
@@ -143,6 +153,8 @@ ROWS: dict[str, Any] = {
     "resizing": _sequential(
         IMAGE, ("UpSampling2D", {"size": (2, 3), "interpolation": "bilinear"}), ("Resizing", {"height": 5, "width": 9})
     ),
+    "random_crop": _sequential((12, 9, 3), ("RandomCrop", {"height": 7, "width": 4, "seed": 3})),
+    "random_crop_of_less": _sequential((5, 9, 3), ("RandomCrop", {"height": 10, "width": 7})),
     "upsampling": _sequential((4, 3, 2, 2), ("UpSampling3D", {"size": 2})),
     "padding": _sequential(
         IMAGE,
@@ -421,26 +433,97 @@ def _two(k):
     return i, j, k.layers.Embedding(5, 4, mask_zero=True)(i), k.layers.Embedding(5, 4)(j)
 
 
-def _other_mask(name, make):
-    def build(k):
-        i, j, masked, plain = _two(k)
-        return k.Model([i, j], make(k, masked, plain))
+def _both(k):
+    """Two embeddings that mask other steps each."""
+    i, j = k.Input((7,), dtype="int32"), k.Input((7,), dtype="int32")
+    return i, j, k.layers.Embedding(5, 4, mask_zero=True)(i), k.layers.Embedding(5, 4, mask_zero=True)(j)
 
-    REFUSED[name] = build
+
+def _masked(name: str, make: Callable[[Any, Any, Any], Any], inputs: Callable[[Any], Any] = _two) -> None:
+    def build(k: Any) -> Any:
+        i, j, a, b = inputs(k)
+        return k.Model([i, j], make(k.layers, a, b))
+
+    NETS[f"mask_{name}"] = build
+
+
+_masked("add", lambda L, m, p: L.GlobalAveragePooling1D()(L.Add()([m, p])))
+_masked("average_of_both", lambda L, m, p: L.GlobalAveragePooling1D()(L.Average()([m, p, m])), _both)
+_masked("concatenate", lambda L, m, p: L.GRU(3)(L.Dropout(0.1)(L.Concatenate()([m, p]))))
+_masked("concatenate_both", lambda L, m, p: L.Bidirectional(L.LSTM(3))(L.Concatenate(axis=2)([m, p])), _both)
+_masked("concatenate_steps", lambda L, m, p: L.GlobalAveragePooling1D()(L.Concatenate(axis=1)([m, p])), _both)
+_masked("multiply", lambda L, m, p: L.Dense(3)(L.Multiply()([m, p])))
+_masked("multiply_both", lambda L, m, p: L.GlobalAveragePooling1D()(L.Multiply()([m, p])), _both)
+_masked("maximum", lambda L, m, p: L.Dense(3)(L.Maximum()([m, p])), _both)
+_masked("rescaling", lambda L, m, p: L.GlobalAveragePooling1D()(L.Add()([L.Rescaling(2.0)(m), p])))
+_masked("time_distributed", lambda L, m, p: L.LSTM(3)(L.TimeDistributed(L.Dense(3))(L.SpatialDropout1D(0.2)(m))))
+
+
+@net
+def mask_of_nested(k):
+    embed = k.Sequential([k.layers.InputLayer((7,), dtype="int32"), k.layers.Embedding(5, 4, mask_zero=True)])
+    x = k.Input((7,), dtype="int32")
+    return k.Model(x, k.layers.GlobalAveragePooling1D()(embed(x)))
+
+
+@net
+def mask_through_nested(k):
+    inner = k.Sequential([k.layers.InputLayer((7, 4)), k.layers.Dense(3), k.layers.ReLU()])
+    x = k.Input((7,), dtype="int32")
+    return k.Model(x, k.layers.GlobalAveragePooling1D()(inner(k.layers.Embedding(5, 4, mask_zero=True)(x))))
+
+
+@net
+def mask_hierarchy(k):
+    """Words make sentences, sentences a document: the mask of the words ends inside."""
+    words = k.Sequential(
+        [
+            k.layers.InputLayer((7,), dtype="int32"),
+            k.layers.Embedding(5, 4, mask_zero=True),
+            k.layers.GlobalAveragePooling1D(),
+        ]
+    )
+    x = k.Input((3, 7), dtype="int32")
+    return k.Model(x, k.layers.GRU(2)(k.layers.TimeDistributed(words)(x)))
 
 
 # Nets that compute something else in Keras 3, so that they must be refused.
 REFUSED: dict[str, Callable[[Any], Any]] = {}
-_other_mask("add", lambda k, m, p: k.layers.LSTM(3)(k.layers.Add()([m, p])))
-_other_mask("concatenate", lambda k, m, p: k.layers.GRU(3)(k.layers.Dropout(0.1)(k.layers.Concatenate()([m, p]))))
-_other_mask("multiply", lambda k, m, p: k.layers.Flatten()(k.layers.Multiply()([m, p])))
-_other_mask("rescaling", lambda k, m, p: k.layers.GlobalAveragePooling1D()(k.layers.Rescaling(2.0)(m)) + 0 * p[:, 0])
-_other_mask("time_distributed", lambda k, m, p: k.layers.LSTM(3)(k.layers.TimeDistributed(k.layers.Dense(3))(m)))
+
+
+REFUSED["mask_inside"] = lambda k: k.Model(
+    x := k.Input((3, 7, 4)), k.layers.TimeDistributed(k.layers.LSTM(3))(k.layers.Masking()(x))
+)
+REFUSED["mask_made_inside"] = lambda k: k.Model(
+    x := k.Input((3, 7, 4)), k.layers.TimeDistributed(k.layers.LSTM(3))(k.layers.TimeDistributed(k.layers.Masking())(x))
+)
+REFUSED["mask_of_a_known_batch"] = lambda k: k.Model(
+    x := k.Input(batch_shape=(2, 7, 4)), k.layers.TimeDistributed(k.layers.Dense(3))(k.layers.Masking()(x))
+)
 REFUSED["hard_sigmoid_wrapped"] = _sequential(
     SEQUENCE, ("TimeDistributed", {"layer": lambda k: k.layers.Activation("hard_sigmoid")})
 )
 REFUSED["training"] = lambda k: k.Model(x := k.Input((6,)), k.layers.BatchNormalization()(x, training=True))
-REFUSED["random_crop"] = _sequential((12, 9, 3), ("RandomCrop", {"height": 7, "width": 4}))
+
+
+def _in_training(kind: str, **arguments: Any) -> Callable[[Any], Any]:
+    def build(k: Any) -> Any:
+        inner = k.Sequential([k.layers.InputLayer((12, 9, 3)), getattr(k.layers, kind)(**_resolved(k, arguments))])
+        return k.Model(x := k.Input((12, 9, 3)), inner(x, training=True))
+
+    return build
+
+
+REFUSED["training_crop"] = _in_training("RandomCrop", height=7, width=4)
+REFUSED["training_height"] = _in_training("RandomHeight", factor=0.3)
+REFUSED["training_flip"] = _in_training("RandomFlip")
+REFUSED["training_spectral"] = _in_training("SpectralNormalization", layer=lambda k: k.layers.Conv2D(2, 3))
+REFUSED["separable_wrapped"] = _sequential(
+    (3, *SEQUENCE), ("TimeDistributed", {"layer": lambda k: k.layers.SeparableConv1D(2, 3, padding="causal")})
+)
+
+
+ONLY_HDF5 = {name for name in NETS if name.startswith("mask_")}  # of which the graph matters, not the weights
 
 
 @net
@@ -501,6 +584,7 @@ def _inputs(model: Any, rng: Any) -> list[Any]:
 
 def main(folder: Path) -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ["TF_USE_LEGACY_KERAS"] = "1"  # tf_keras' own SpectralNormalization asks tf.keras for its parts
     import numpy as np
     import tensorflow as tf
     import tf_keras as k
@@ -520,7 +604,8 @@ def main(folder: Path) -> None:
             **{f"y{i}": y.numpy() for i, y in enumerate(outputs)},
         )
         model.save(folder / f"{name}.h5")
-        model.save(folder / f"{name}.keras")
+        if name not in ONLY_HDF5:
+            model.save(folder / f"{name}.keras")
     for name, make in REFUSED.items():
         k.backend.clear_session()
         make(k).save(folder / f"refused_{name}.h5")

@@ -199,21 +199,151 @@ IN_FRONT = {
 }
 
 
-@pytest.mark.parametrize("dtype", [None, "float64"])
-@pytest.mark.parametrize("row", IN_FRONT)
-def test_channels_in_front_give_what_channels_behind_give(row, dtype):
-    shape, make = IN_FRONT[row]
+def front_and_behind(shape, make, axis, dtype=None):
+    """A layer with channels in front, at ``axis``, and its twin with channels behind: (answers, twin's answers)."""
     x = keras.Input(shape, name="x")
     model = enliven(keras.Model(x, make("channels_first")(x)))
-    behind = keras.Input((*shape[1:], shape[0]), name="x")
+    behind = keras.Input((*shape[: axis - 1], *shape[axis:], shape[axis - 1]), name="x")
     other = keras.Model(behind, make("channels_last")(behind))
     other.set_weights(model.get_weights())
     models = [m if dtype is None else graph.replay(graph.trace(m), dtype=dtype) for m in (model, other)]
     inputs = inputs_for(model)
-    (first,) = graph.run(models[0], inputs)
-    (last,) = graph.run(models[1], {"x": np.moveaxis(inputs["x"], 1, -1)})
+    return graph.run(models[0], inputs), graph.run(models[1], {"x": np.moveaxis(inputs["x"], axis, -1)})
+
+
+@pytest.mark.parametrize("dtype", [None, "float64"])
+@pytest.mark.parametrize("row", IN_FRONT)
+def test_channels_in_front_give_what_channels_behind_give(row, dtype):
+    shape, make = IN_FRONT[row]
+    (first,), (last,) = front_and_behind(shape, make, 1, dtype)
     last = np.moveaxis(last, -1, 1) if last.ndim == len(shape) + 1 else last
     np.testing.assert_allclose(first, last, rtol=0, atol=1e-5 if dtype is None else 1e-13)
+
+
+def _each(make):
+    return lambda f: L.TimeDistributed(make(f))
+
+
+def _twice(make):
+    return _each(_each(make))
+
+
+def _both_ways(make, merge_mode):
+    return lambda f: L.Bidirectional(make(f), merge_mode=merge_mode)
+
+
+def _memory(f, **arguments):
+    return L.ConvLSTM2D(3, 2, data_format=f, **arguments)
+
+
+VIDEO = (3, 2, 6, 5)  # steps, channels, height, width
+IN_FRONT_LATER = {  # shape, axis of the channels before and after, or None where there are none any more
+    "conv": (VIDEO, 2, 2, _each(lambda f: L.Conv2D(4, 3, strides=2, activation="tanh", data_format=f))),
+    "conv1d": ((5, 3, 8), 2, 2, _each(lambda f: L.Conv1D(4, 3, data_format=f))),
+    "separable": (VIDEO, 2, 2, _each(lambda f: L.SeparableConv2D(4, 3, data_format=f))),
+    "max": (VIDEO, 2, 2, _each(lambda f: L.MaxPooling2D(data_format=f))),
+    "bias along the width": (VIDEO, 2, 2, _each(lambda f: L.Conv2D(3, 3, data_format=f))),
+    "global": (VIDEO, 2, None, _each(lambda f: L.GlobalAveragePooling2D(data_format=f))),
+    "flatten": ((5, 3, 8), 2, None, _each(lambda f: L.Flatten(data_format=f))),
+    "padding": (VIDEO, 2, 2, _each(lambda f: L.ZeroPadding2D(((1, 0), (2, 1)), data_format=f))),
+    "wrapped twice": ((2, *VIDEO), 3, 3, _twice(lambda f: L.Conv2D(4, 3, data_format=f))),
+    "memory": (VIDEO, 2, 1, _memory),
+    "memory of all steps": ((3, 2, 6), 2, 2, lambda f: L.ConvLSTM1D(3, 2, return_sequences=True, data_format=f)),
+    "both directions": (VIDEO, 2, 2, _both_ways(lambda f: _memory(f, return_sequences=True), "sum")),
+}
+
+
+@pytest.mark.parametrize("dtype", [None, "float64"])
+@pytest.mark.parametrize("row", IN_FRONT_LATER)
+def test_channels_behind_time_are_in_front_too(row, dtype):
+    shape, axis, after, make = IN_FRONT_LATER[row]
+    (first,), (last,) = front_and_behind(shape, make, axis, dtype)
+    last = last if after is None else np.moveaxis(last, -1, after)
+    np.testing.assert_allclose(first, last, rtol=0, atol=1e-5 if dtype is None else 1e-13)
+
+
+def test_a_model_of_each_step_keeps_channels_in_front():
+    """CNN-LSTM: one convolutional model for all frames; its replayed twin has its weights in another order."""
+
+    def frame(f):
+        shape = VIDEO[1:] if f == "channels_first" else (*VIDEO[2:], VIDEO[1])
+        axis = 1 if f == "channels_first" else -1
+        a = keras.Input(shape)
+        y = L.BatchNormalization(axis=axis)(L.Conv2D(4, 2, data_format=f)(a))
+        inner = keras.Sequential([keras.Input(y.shape[1:]), L.Conv2D(4, 1, data_format=f), L.ReLU()])
+        return keras.Model(a, L.GlobalMaxPooling2D(data_format=f)(L.Add()([y, inner(y)])))
+
+    (first,), (last,) = front_and_behind(VIDEO, _each(frame), 2)
+    np.testing.assert_allclose(first, last, rtol=0, atol=1e-5)
+
+
+def test_a_model_that_is_called_as_a_whole_keeps_channels_in_front():
+    x = keras.Input((3, 6, 5), dtype="float16", name="x")
+    conv = L.Conv2D(4, 3, data_format="channels_first")
+    body = keras.Sequential([keras.Input((3, 6, 5), name="frame"), conv], name="body")
+    model = enliven(keras.Model(x, body(x)))
+    assert [type(node.layer) for node in graph.trace(model).nodes] == [keras.Sequential]
+    inputs = inputs_for(model)
+    frames = {"frame": inputs["x"].astype("float16")}
+    np.testing.assert_array_equal(graph.run(model, inputs)[0], graph.run(body, frames)[0])
+    (copy,) = [layer for layer in graph.runnable(model).layers if layer.name == "body"]
+    assert {layer.data_format for layer in copy.layers if isinstance(layer, L.Conv2D)} == {"channels_last"}
+
+
+@pytest.mark.filterwarnings("ignore:.*does not support masking")
+def test_a_model_of_each_step_that_gets_a_mask_is_left_as_it_is():
+    x = keras.Input(VIDEO, name="x")
+    body = keras.Sequential([keras.Input(VIDEO[1:]), L.Conv2D(4, 3, data_format="channels_first")], name="body")
+    copy = graph.runnable(keras.Model(x, L.TimeDistributed(body)(L.Masking()(x))))
+    assert copy.layers[-1].layer.layers[-1].data_format == "channels_first"
+
+
+@pytest.mark.parametrize("wrap", [lambda layer: layer, L.TimeDistributed])
+def test_an_activation_along_the_last_axis_stays_along_it(wrap):
+    """Which is the width where channels are in front, as Keras takes it."""
+    x = keras.Input((3, 2, 6, 5) if wrap is L.TimeDistributed else (2, 6, 5), name="x")
+    model, plain = (
+        keras.Model(x, wrap(L.Conv2D(4, 3, activation=name, data_format="channels_first"))(x))
+        for name in ("softmax", None)
+    )
+    plain.set_weights(enliven(model).get_weights())
+    inputs = inputs_for(model)
+    (found,), (logits,) = graph.run(model, inputs), graph.run(plain, inputs)
+    np.testing.assert_allclose(found.sum(-1), 1, rtol=1e-6)
+    np.testing.assert_allclose(found, np.exp(logits) / np.exp(logits).sum(-1, keepdims=True), rtol=1e-5)
+
+
+def test_a_memory_in_both_directions_joins_along_the_last_axis_and_gives_its_states():
+    states = [keras.Input((3, 5, 4), name=f"s{i}") for i in range(4)]
+
+    def net(f, merge_mode):
+        front = f == "channels_first"
+        x = keras.Input(VIDEO if front else (3, 6, 5, 2), name="x")
+        given = states if front else [keras.Input((5, 4, 3), name=f"s{i}") for i in range(4)]
+        layer = L.Bidirectional(_memory(f, return_state=True), merge_mode=merge_mode)
+        return keras.Model([x, *given], list(layer(x, initial_state=given)))
+
+    model, other = net("channels_first", "concat"), net("channels_last", None)
+    other.set_weights(enliven(model).get_weights())
+    inputs = inputs_for(model)
+    found = graph.run(model, inputs)
+    behind = {name: np.moveaxis(value, 2 if name == "x" else 1, -1) for name, value in inputs.items()}
+    forth, back, *after = (np.moveaxis(y, -1, 1) for y in graph.run(other, behind))
+    assert found[0].shape[1:] == (3, 5, 8)
+    for a, b in zip(found, [np.concatenate([forth, back], -1), *after], strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("layer", [
+    lambda: L.TimeDistributed(_memory("channels_first", return_sequences=True)),
+    lambda: _memory("channels_first", activation="softmax"),
+])  # fmt: skip
+def test_what_has_no_equivalent_with_channels_behind_is_left_as_it_is(layer):
+    """TensorFlow says whether it can run it; a softmax of a memory is along another axis with channels behind."""
+    made = layer()
+    x = keras.Input((2, *VIDEO) if isinstance(made, L.TimeDistributed) else VIDEO, name="x")
+    config = graph.runnable(keras.Model(x, made(x))).layers[-1].get_config()
+    assert config == {**made.get_config(), **{key: config[key] for key in config if key == "build_config"}}
 
 
 def test_a_model_without_channels_in_front_is_run_as_it_is():
@@ -224,8 +354,13 @@ def test_a_model_without_channels_in_front_is_run_as_it_is():
 @pytest.mark.parametrize(("width", "found"), [(8, ("c",)), (9, ())])
 def test_a_bias_along_the_width_is_named(width, found):
     x = keras.Input((4, 8, width))
-    model = keras.Model(x, L.Conv2D(6, 3, data_format="channels_first", name="c")(x))
-    assert graph.misplaced_biases(model) == found
+    conv = L.Conv2D(6, 3, data_format="channels_first", name="c")
+    body = keras.Sequential([keras.Input((4, 8, width)), conv], name="body")
+    frames = keras.Input((2, 4, 8, width))
+    distributed = keras.Model(frames, L.TimeDistributed(conv, name="c")(frames))
+    of_model = keras.Model(frames, L.TimeDistributed(body, name="t")(frames))
+    assert graph.misplaced_biases(keras.Model(x, conv(x))) == graph.misplaced_biases(distributed) == found
+    assert graph.misplaced_biases(of_model) == tuple(f"t/{name}" for name in found)
 
 
 def test_logits_are_seen_in_front_of_a_softmax():

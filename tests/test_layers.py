@@ -17,7 +17,7 @@ ORDER = [
     {"deploy", "drawing", "inspection", "migrate"},
     {"check", "bench", "bundle"},
     {"fuse", "export", "load", "runtimes", "archive", "health"},
-    {"graph", "channels"},
+    {"graph", "channels", "opaque"},
     {"affine", "compare", "stats", "report", "data", "environment"},
     {"verify", "errors", "signature", "files"},
 ]

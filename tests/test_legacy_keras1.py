@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import h5py
 import keras
 import legacy_keras1_files as k1
 import numpy as np
@@ -677,11 +678,115 @@ def a_shared_layer_of_several():
 def test_a_model_answers_as_in_keras_1(name, tmp_path):
     make, backend = CASES[name]
     model, groups, inputs, wanted = make()
-    loaded = load(k1.write(tmp_path / "model.h5", model, groups, backend=backend))
-    found = [graph.numpy(y) for y in graph.flat_call(loaded)(*map(keras.ops.convert_to_tensor, inputs))]
+    answers_as(load(k1.write(tmp_path / "model.h5", model, groups, backend=backend)), inputs, wanted)
+
+
+def answers_as(model: keras.Model, inputs: list[np.ndarray], wanted: list[np.ndarray]) -> None:
+    found = [graph.numpy(y) for y in graph.flat_call(model)(*map(keras.ops.convert_to_tensor, inputs))]
     for one, other in zip(found, wanted, strict=True):
         assert one.shape == other.shape
         assert np.linalg.norm(one - other) / np.linalg.norm(other) < 1e-5
+
+
+# ------------------------------------------------------------------------------ description and weights apart
+
+APART = (
+    *("conv1d old=True same tensorflow", "conv1d old=True same theano", "conv2d th same 2 tensorflow"),
+    *(
+        "conv2d th same 2 theano",
+        "conv2d tf same 1 theano",
+        "conv_lstm th",
+        "LSTM cpu",
+        "GRU gpu",
+        "conv2d full theano",
+    ),
+    *("maxout", "two_branches", "nested_models", "nested_without_names", "branch_that_begins_with_a_model", "vgg"),
+)
+
+
+@pytest.mark.parametrize("name", APART)
+def test_a_description_answers_with_the_weights_beside_it(name, tmp_path):
+    """The same net in two files: how Theano pads and rotates is told by the names of the weights alone."""
+    make, backend = CASES[name]
+    model, groups, inputs, wanted = make()
+    described, weights = k1.write_apart(tmp_path, model, groups, backend=backend)
+    loaded = deploykit.load(described, weights=weights)
+    assert (loaded.format, loaded.generation, loaded.backend) == ("json", 1, backend)
+    answers_as(loaded.model, inputs, wanted)
+
+
+@pytest.mark.parametrize("version", ["1.0.3", None])
+def test_a_description_of_keras_1_is_known_without_its_version(version, tmp_path):
+    model, groups, inputs, wanted = CASES["dense_relu"][0]()
+    described, weights = k1.write_apart(tmp_path, model, groups, version=version)
+    loaded = deploykit.load(described, weights=weights)
+    assert (loaded.generation, loaded.saved_by) == (1, version)
+    answers_as(loaded.model, inputs, wanted)
+
+
+@pytest.mark.parametrize("whole", ["description", "weights", "both"])
+def test_whole_files_serve_as_description_and_as_weights(whole, tmp_path):
+    make, backend = CASES["conv2d th same 2 theano"]
+    model, groups, inputs, wanted = make()
+    described, weights = k1.write_apart(tmp_path, model, groups, backend=backend)
+    other = {name: {key: rand(*value.shape) for key, value in arrays.items()} for name, arrays in groups.items()}
+    if whole in ("description", "both"):
+        described = k1.write(tmp_path / "other.h5", model, other, backend=backend)
+    if whole in ("weights", "both"):
+        weights = k1.write(tmp_path / "whole.h5", model, groups, backend=backend)
+    answers_as(deploykit.load(described, weights=weights).model, inputs, wanted)
+
+
+def test_weights_that_keras_2_saved_fill_a_description_of_keras_1(tmp_path):
+    """A net that Keras 2 built from the old description: its arrays are laid out, and called, as Keras 2 does."""
+    model, groups, inputs, wanted = CASES["conv2d th same 2 tensorflow"][0]()
+    described, weights = k1.write_apart(tmp_path, model, groups)
+    with h5py.File(weights, "w") as file:
+        file.attrs.update({"layer_names": [b"c"], "backend": b"tensorflow", "keras_version": b"2.0.8"})
+        group = file.create_group("c")
+        group.attrs["weight_names"] = [b"c/kernel:0", b"c/bias:0"]
+        group["c/kernel:0"], group["c/bias:0"] = np.transpose(groups["c"]["c_W"], (2, 3, 1, 0)), groups["c"]["c_b"]
+    answers_as(deploykit.load(described, weights=weights).model, inputs, wanted)
+
+
+def _edited(change: Callable[[h5py.File], Any]) -> Callable[[Path], None]:
+    def edit(weights: Path) -> None:
+        with h5py.File(weights, "r+") as file:
+            change(file)
+
+    return edit
+
+
+NOT_ITS_WEIGHTS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "absent": (lambda path: path.unlink(), "there is no file"),
+    "another format": (lambda path: path.write_text('{"class_name": "Model", "config": {}}'), "is of Keras 1"),
+    "groups that are named and absent": (_edited(lambda f: f.__delitem__("c")), "is damaged"),
+    "names that are no list": (_edited(lambda f: f.attrs.__setitem__("layer_names", 3)), "is damaged"),
+    "no names": (_edited(lambda f: f.attrs.__delitem__("layer_names")), "holds no weights"),
+    "a link": (_edited(lambda f: f.__setitem__("x", h5py.ExternalLink("/etc/hostname", "/"))), "ExternalLink"),
+    "fewer arrays": (_edited(lambda f: f["c"].attrs.__setitem__("weight_names", [b"c_W:0"])), "do not fit"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_ITS_WEIGHTS)
+def test_weights_that_are_not_its_own_are_one_line(name, tmp_path):
+    change, words = NOT_ITS_WEIGHTS[name]
+    model, groups, *_ = CASES["conv2d th same 2 tensorflow"][0]()
+    described, weights = k1.write_apart(tmp_path, model, groups)
+    change(weights)
+    with pytest.raises(DeploykitError) as raised:
+        deploykit.load(described, weights=weights)
+    assert words in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_weights_of_the_other_backend_do_not_fill_a_whole_file(tmp_path):
+    """Its paddings, and its layers, follow from the backend that saved it."""
+    model, groups, *_ = CASES["conv2d th same 2 tensorflow"][0]()
+    path = k1.write(tmp_path / "model.h5", model, groups)
+    _, weights = k1.write_apart(tmp_path, model, groups, backend="theano")
+    with pytest.raises(LoadError, match="saved on theano, the model on tensorflow"):
+        deploykit.load(path, weights=weights)
 
 
 # ------------------------------------------------------------------------------------------------ descriptions

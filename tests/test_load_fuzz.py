@@ -8,6 +8,7 @@ Every case follows from its seed and its number, so that a failure is repeated b
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -28,8 +29,9 @@ import pytest
 from fuzzing import Case, Outcome
 
 from deploykit.errors import LoadError, ProofError
-from deploykit.load import legacy
+from deploykit.load import hdf5, legacy
 from deploykit.load.contents import parse_config
+from deploykit.load.legacy import keras1
 from deploykit.load.safety import examine
 
 CASES = int(os.environ.get("DEPLOYKIT_FUZZ_CASES", "90"))
@@ -45,7 +47,8 @@ def seeds(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _judged(name: str, text: bytes) -> None:
     config = parse_config(text, name)
-    examine(legacy.translate(config, what=name).model if "old" in name else config, {}, name)
+    config = keras1.modernise(config, what=name) if "first" in name else config
+    examine(legacy.translate(config, what=name).model if "_" in name else config, {}, name)
 
 
 @pytest.mark.slow
@@ -138,6 +141,64 @@ def test_a_known_fault_is_counted_and_not_failed():
     assert not Outcome("exception", where=("KeyError", "load/__init__.py:load")).known
 
 
+# ------------------------------------------------------------------------------- heaps that lead libhdf5 in circles
+
+
+def _heap(at: int, *values: tuple[int, bytes]) -> Callable[[bytearray, int], None]:
+    """Write values into the object ``at`` bytes into a heap."""
+
+    def change(data: bytearray, heap: int) -> None:
+        for place, value in values:
+            start = heap + at + place
+            data[start : start + len(value)] = value
+
+    return change
+
+
+CIRCLES = {
+    "free space of no length": _heap(16, (0, b"\0\0"), (8, bytes(8))),
+    "free space of less than its header": _heap(16, (0, b"\0\0"), (8, b"\x08" + bytes(7))),
+    "a length that wraps around": _heap(16, (8, b"\xf0" + b"\xff" * 7)),
+    "under a header that is not all its own": _heap(0, (5, b"abc"), (16, b"\0\0"), (24, bytes(8))),
+}
+
+
+@pytest.mark.parametrize("circle", CIRCLES)
+def test_a_heap_that_leads_nowhere_is_refused_before_it_is_walked(circle, seeds, tmp_path):
+    """libhdf5 walks it for ever when an attribute is read, which opening the file does not do."""
+    data = bytearray((seeds / "branches_first.h5").read_bytes())
+    CIRCLES[circle](data, data.index(b"GCOL"))
+    path = tmp_path / "m.h5"
+    path.write_bytes(data)
+    with pytest.raises(LoadError, match="leads nowhere"):
+        hdf5.open_checked(path, str(path))
+
+
+def test_a_file_full_of_heaps_is_refused_in_time():
+    """Heaps inside each other would be walked as often as there are any."""
+    heap = b"GCOL\1\0\0\0" + (1 << 40).to_bytes(8, "little") + b"\1" + bytes(7) + (16).to_bytes(8, "little")
+    started = time.monotonic()
+    with pytest.raises(LoadError, match="leads nowhere"):
+        hdf5.refuse_heaps(io.BytesIO(heap * 20_000), "m")
+    assert time.monotonic() - started < 5
+
+
+def test_a_heap_is_found_wherever_it_stands():
+    circle = b"GCOL\1\0\0\0" + (4096).to_bytes(8, "little") + bytes(4080)
+    for place in ((1 << 20) - 3, (1 << 20) - 5, 1 << 20):
+        with pytest.raises(LoadError, match="leads nowhere"):
+            hdf5.refuse_heaps(io.BytesIO(b"x" * place + circle), "m")
+
+
+def test_lengths_of_another_size_are_refused(tmp_path):
+    """Their heaps are laid out otherwise."""
+    sizes = h5py.h5p.create(h5py.h5p.FILE_CREATE)
+    sizes.set_sizes(8, 4)
+    h5py.h5f.create(str(tmp_path / "m.h5").encode(), fcpl=sizes).close()
+    with pytest.raises(LoadError, match="not of 8 bytes"):
+        hdf5.open_checked(tmp_path / "m.h5", "m")
+
+
 # ---------------------------------------------------------------------------------------------- what was found
 
 
@@ -205,6 +266,12 @@ FOUND: dict[str, Callable[[Path, Path], tuple[Path, Path | None]]] = {
     "a newer version": _h5(
         "branches.h5",
         lambda f: f.attrs.update({"keras_version": "3.²", "model_config": '{"class_name":"A","config":{}}'}),
+    ),
+    "weights of Keras 1 that are named by no list": _h5(
+        "branches_first.h5", lambda f: f["model_weights"].attrs.__setitem__("layer_names", 3)
+    ),
+    "weights of Keras 1 of a layer that is absent": _h5(
+        "branches_first.h5", lambda f: f["model_weights"].__delitem__("left")
     ),
     "a slope that is a text": _json(_instead("LeakyReLU", alpha="x")),
     "a slope that is too large": _json(_instead("LeakyReLU", alpha=10**400)),

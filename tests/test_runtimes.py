@@ -109,13 +109,13 @@ REFUSED_MODELS = {
     "unknown runtime 'tpu'; known are keras, onnxruntime-cpu": lambda p: runtimes.open("tpu", p / "m.onnx"),
     "threads must be at least 1, not 0": lambda p: runtimes.open("keras", p / "m.keras", threads=0),
     "m.onnx does not exist": lambda p: runtimes.open("onnxruntime-cpu", p / "m.onnx"),
-    "m.keras does not exist": lambda p: runtimes.open("keras", p / "m.keras"),
+    "there is no file .*m.keras": lambda p: runtimes.open("keras", p / "m.keras"),
     "bad.onnx: .*complete .onnx file": lambda p: runtimes.open("onnxruntime-cpu", _junk(p / "bad.onnx")),
     "bad.keras": lambda p: runtimes.open("keras", _junk(p / "bad.keras")),
     "not Sequential objects; give a path": lambda p: runtimes.open("onnxruntime-cpu", keras.Sequential()),
-    "keras.Model objects and .keras files, not list": lambda p: runtimes.open("keras", []),
+    "keras.Model objects and their files, not list": lambda p: runtimes.open("keras", []),
     "has no input shape": lambda p: runtimes.open("keras", keras.Sequential([L.Dense(1)])),
-    r"no runtime reads m.tflite; readable are .keras \(keras\), .onnx": lambda p: runtimes.runtime_for("m.tflite"),
+    "is neither a .keras archive nor": lambda p: runtimes.open(runtimes.runtime_for("m.tflite"), _junk(p / "m.tflite")),
     "not 4096; start a process": lambda p: runtimes.open("keras", keras.Sequential(), threads=4096),
 }
 

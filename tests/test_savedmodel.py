@@ -20,7 +20,7 @@ from keras.src.legacy.saving.saving_utils import model_from_config
 from tensorflow.core.protobuf.saved_object_graph_pb2 import SavedObject, SavedObjectGraph
 
 from deploykit.errors import DeploykitError, LoadError, UnsafeModelError, UnsupportedModelError
-from deploykit.load import checkpoint, savedmodel
+from deploykit.load import checkpoint, load, savedmodel
 
 NETS = sorted(files.NETS)
 INDEX, SHARD = savedmodel.INDEX, "variables/variables.data-00000-of-00001"
@@ -187,7 +187,7 @@ def test_the_checkpoint_reads_as_tensorflow_reads_it(folders):
             values = ours.array(key, key)
             assert values.dtype == theirs.get_tensor(key).dtype
             np.testing.assert_array_equal(values, theirs.get_tensor(key))
-        graph = savedmodel._OBJECT_GRAPH
+        graph = checkpoint.OBJECTS
         assert ours.text(graph) == theirs.get_tensor(graph)
 
 
@@ -253,19 +253,33 @@ def test_two_layers_of_one_name_are_refused(copied):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("module", "holds a TensorFlow graph without Keras layers"),
-        ("plain", "holds a TensorFlow graph without Keras layers"),
-        ("subclassed", "subclassed model (Own)"),
-        ("version1", "SavedModel of TensorFlow 1"),
-        ("lookup", "(StringLookup) keeps its vocabulary in the graph"),
+        ("module", "it was saved without Keras layers"),
+        ("plain", "it was saved without Keras layers"),
+        ("subclassed", "it is a subclassed model (Own), whose layers only its own code knows"),
+        ("version1", "it was saved without Keras layers"),
     ],
 )
-def test_other_folders_are_refused_with_the_reason(folders, name, said):
+def test_other_folders_are_graphs_with_the_reason(folders, name, said):
     assert savedmodel.recognises(folders / name)
-    one_line(lambda: savedmodel.peek(folders / name), UnsupportedModelError, said)
+    contents = savedmodel.peek(folders / name)
+    assert contents.opaque == said
+    assert said in contents.notices[0]
 
 
-def test_a_layer_alone_is_no_model(copied):
+def test_a_subclassed_model_is_its_graph(folders):
+    model = load(folders / "subclassed").model
+    theirs = tf.saved_model.load(str(folders / "subclassed")).signatures["serving_default"]
+    x = np.random.default_rng(0).normal(size=(4, 3)).astype("float32")
+    (expected,) = theirs(tf.constant(x)).values()
+    np.testing.assert_allclose(model(x), expected, rtol=1e-6)
+
+
+def test_a_vocabulary_that_only_the_graph_knows_is_asked_for(folders):
+    said = "(StringLookup) keeps its vocabulary in the graph"
+    one_line(lambda: savedmodel.peek(folders / "lookup"), UnsupportedModelError, said)
+
+
+def test_a_layer_alone_is_a_graph(copied):
     folder = copied()
 
     def layer(tree):
@@ -273,7 +287,7 @@ def test_a_layer_alone_is_no_model(copied):
 
     files.describe_inside(folder)
     files.edit(folder, layer)
-    one_line(lambda: savedmodel.peek(folder), UnsupportedModelError, "no Keras model")
+    assert "is no Keras model" in savedmodel.peek(folder).opaque
 
 
 def test_only_folders_with_a_graph_are_recognised(folders, tmp_path):
@@ -410,7 +424,7 @@ def test_the_number_of_objects_and_of_variables_is_limited(folders, monkeypatch,
         monkeypatch.setattr(module, "MAX_RECORDS", 3)
     one_line(lambda: checkpoint.Checkpoint(folders / "half"), LoadError, "variables.index")
     tree = SavedObjectGraph(nodes=[SavedObject()] * 4)
-    one_line(lambda: savedmodel._refuse_tree(tree.nodes, "it", tmp_path), LoadError, "more than 3 objects")
+    one_line(lambda: checkpoint.refuse_tree(tree.nodes, "it", tmp_path), LoadError, "more than 3 objects")
 
 
 def test_an_index_of_one_block_over_and_over_is_refused(copied):

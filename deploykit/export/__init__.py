@@ -56,6 +56,7 @@ class Exported:
     notices: tuple[str, ...]
     external_data: bool
     kind: str = PLAIN
+    operations: int = 0  # nodes that compute something
 
 
 def export(
@@ -91,7 +92,8 @@ def export(
     proto.producer_name, proto.producer_version = "deploykit", deploykit.__version__
     onnx.helper.set_model_props(proto, dict(sorted((metadata or {}).items())))
     size, external = _write(proto, contents, path, force=force, external_above=external_above)
-    return Exported(path, opset, signature, size, tuple(notices), external)
+    operations = sum(node.op_type not in ("Identity", "Constant") for node in proto.graph.node)
+    return Exported(path, opset, signature, size, tuple(notices), external, operations=operations)
 
 
 def export_stock(

@@ -33,7 +33,7 @@ import numpy as np
 import numpy.typing as npt
 
 from deploykit.data import synthesize
-from deploykit.errors import ProofError
+from deploykit.errors import ProofError, UnsupportedModelError
 from deploykit.fuse import proof as proofs
 from deploykit.fuse import sources
 from deploykit.fuse.apply import apply
@@ -43,6 +43,7 @@ from deploykit.fuse.proof import Proof, Reference
 from deploykit.fuse.reasons import CODES, Refusal
 from deploykit.graph import Trace, float32_only, key, trace
 from deploykit.load.health import refuse_rewriting
+from deploykit.opaque import graph_of
 
 __all__ = ["CODES", "Decision", "Fused", "Plan", "Proof", "Refusal", "fuse"]
 
@@ -181,6 +182,11 @@ def fuse(
     does not reproduce the original.
     """
     refuse_rewriting(model)
+    if graph_of(model) is not None:
+        raise UnsupportedModelError(
+            f"model {model.name} is a TensorFlow graph without Keras layers: there are none to fold; "
+            "`deploykit export` and `deploykit deploy` take it as it is"
+        )
     clock = time.perf_counter
     start = clock()
     found = trace(model)

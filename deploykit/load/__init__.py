@@ -24,11 +24,12 @@ import keras
 from deploykit.errors import CustomObjectError, DeploykitError, LoadError, UnsafeModelError, UnsupportedModelError
 from deploykit.files import sha256
 from deploykit.graph import misplaced_biases
-from deploykit.load import description, hdf5, keras3, legacy, savedmodel, state
-from deploykit.load.contents import Contents, named, printable, text_of
+from deploykit.load import description, hdf5, keras3, legacy, savedmodel, size, state
+from deploykit.load.contents import Contents, named, printable
 from deploykit.load.custom import custom_objects as import_objects
 from deploykit.load.health import nonfinite_weights, refuse_rewriting
 from deploykit.load.safety import Findings, examine
+from deploykit.opaque import model_of
 
 __all__ = ["READERS", "Loaded", "Reader", "load", "nonfinite_weights", "refuse_rewriting"]
 
@@ -42,13 +43,14 @@ class Reader:
     peek: Callable[[Path], Contents]
     build: Callable[[Path, Mapping[str, Any], bool], keras.Model] | None  # of Keras 3
     fill: Callable[[Path, keras.Model, Contents], list[str]]  # the weights of older ones; returns notices
+    holds: Callable[[Path], int]  # bytes of weights that are stored, at most
 
 
 READERS = (
-    Reader("keras", keras3.recognises, keras3.peek, keras3.build, keras3.fill),
-    Reader("hdf5", hdf5.recognises, hdf5.peek, hdf5.build, hdf5.fill),
-    Reader("savedmodel", savedmodel.recognises, savedmodel.peek, None, savedmodel.fill),
-    Reader("json", description.recognises, description.peek, description.build, description.fill),
+    Reader("keras", keras3.recognises, keras3.peek, keras3.build, keras3.fill, size.in_archive),
+    Reader("hdf5", hdf5.recognises, hdf5.peek, hdf5.build, hdf5.fill, size.in_hdf5),
+    Reader("savedmodel", savedmodel.recognises, savedmodel.peek, None, savedmodel.fill, savedmodel.size_bytes),
+    Reader("json", description.recognises, description.peek, description.build, description.fill, size.in_description),
 )
 
 
@@ -57,7 +59,8 @@ class Loaded:
     """A model and where it came from.
 
     ``saved_by`` is the Keras version that the file records, ``backend`` the backend, None where it does
-    not say; ``generation`` its major version, assumed from the format where no version is recorded.
+    not say; ``generation`` its major version, assumed from the format where no version is recorded, None for a graph.
+    ``opaque``: why its layers are unknown, where a TensorFlow graph is all there is (`deploykit.opaque`).
     ``custom_objects`` are the user's objects by name: later steps that rebuild layers from their config do
     so within ``loaded.scope()``. ``options`` are the arguments of `load` that another process needs to load
     a copy of the model.
@@ -69,12 +72,13 @@ class Loaded:
     format: str
     bytes: int
     saved_by: str | None
-    generation: int
+    generation: int | None
     backend: str | None
     training_config_found: bool
     notices: tuple[str, ...]
     custom_objects: Mapping[str, Any]
     options: Mapping[str, Any]
+    opaque: str | None = None
 
     def scope(self) -> contextlib.AbstractContextManager[Any]:
         """Within it, layers can be rebuilt from their config, with the user's own objects and the trust given."""
@@ -102,11 +106,46 @@ def load(
     UnsupportedModelError for one whose generation is not supported; always one line.
     """
     path = Path(path)
+    beside = Path(weights) if weights is not None else None
     reader = _reader(path)
     contents = reader.peek(path)
-    if reader.format == "json" and weights is None:
-        raise description.without_weights(path)
+    if reader.format == "json":
+        contents = description.completed(contents, path, beside)
     notices = list(contents.notices)
+    if contents.opaque is None:
+        model, objects = _described(reader, path, contents, custom_objects, beside, allow_code, notices)
+    else:
+        model, objects = _opaque(path, beside, notices), {}
+    if not allow_nonfinite and (bad := nonfinite_weights(model)):
+        more = f" and {len(bad) - 1} more weights" if len(bad) > 1 else ""
+        raise LoadError(f"{path}: {bad[0]}{more}; the training diverged, go back to an earlier checkpoint")
+    return Loaded(
+        model=model,
+        path=path,
+        sha256=_fingerprint(path),
+        format=reader.format,
+        bytes=savedmodel.size_bytes(path) if path.is_dir() else path.stat().st_size,
+        saved_by=contents.saved_by,
+        generation=contents.generation if contents.opaque is None else None,
+        backend=contents.backend,
+        training_config_found=contents.training_config_found,
+        notices=tuple(notices),
+        custom_objects=objects,
+        options={"custom_objects": tuple(custom_objects), "allow_code": allow_code},
+        opaque=contents.opaque,
+    )
+
+
+def _described(
+    reader: Reader,
+    path: Path,
+    contents: Contents,
+    custom_objects: Sequence[str],
+    weights: Path | None,
+    allow_code: bool,
+    notices: list[str],
+) -> tuple[keras.Model, Mapping[str, Any]]:
+    """The model that a description describes, with its weights, and the objects by name; appends to ``notices``."""
     with state.undisturbed():
         with state.collected(notices):
             given = {**keras.saving.get_custom_objects(), **import_objects(custom_objects)}
@@ -122,12 +161,18 @@ def load(
         notices += _judged(findings, contents, path, allow_code)
         notices += [f"{printable(name)} is unknown and left out; it serves training" for name in findings.untrained]
         objects = {**given, **findings.renamed, **findings.untrained}
-        with state.collected(notices), state.safe_mode(not allow_code), state.room_for(findings.parts):
+        held = [(reader, path), *([(_reader(weights), weights)] if weights is not None else [])]
+        with (
+            state.collected(notices),
+            state.safe_mode(not allow_code),
+            state.room_for(findings.parts),
+            size.bounded(str(path), lambda: sum(each.holds(file) for each, file in held)),
+        ):
             model, said = _built(reader, path, contents, config, objects, not allow_code)
             notices += said
             if weights is not None:
-                notices += _fill(model, Path(weights), contents)
-                notices.append(f"weights filled from {weights} (sha256 {_fingerprint(Path(weights))})")
+                notices += _fill(model, weights, contents)
+                notices.append(f"weights filled from {weights} (sha256 {_fingerprint(weights)})")
             if contents.is_legacy:
                 legacy.freeze(model, config)
     if not contents.is_legacy and (odd := misplaced_biases(model)):
@@ -135,23 +180,20 @@ def load(
             f"Keras' TensorFlow backend adds the bias of {', '.join(odd[:3])} along the last axis, which is as long as "
             "their channels; deploykit adds it per channel, as it is meant"
         )
-    if not allow_nonfinite and (bad := nonfinite_weights(model)):
-        more = f" and {len(bad) - 1} more weights" if len(bad) > 1 else ""
-        raise LoadError(f"{path}: {bad[0]}{more}; the training diverged, go back to an earlier checkpoint")
-    return Loaded(
-        model=model,
-        path=path,
-        sha256=_fingerprint(path),
-        format=reader.format,
-        bytes=savedmodel.size_bytes(path) if path.is_dir() else path.stat().st_size,
-        saved_by=contents.saved_by,
-        generation=contents.generation,
-        backend=contents.backend,
-        training_config_found=contents.training_config_found,
-        notices=tuple(notices),
-        custom_objects=objects,
-        options={"custom_objects": tuple(custom_objects), "allow_code": allow_code},
-    )
+    return model, objects
+
+
+def _opaque(path: Path, weights: Path | None, notices: list[str]) -> keras.Model:
+    """The model of a SavedModel without layers; appends to ``notices``."""
+    if weights is not None:
+        raise LoadError(f"{path} is a TensorFlow graph with its own weights, which --weights cannot replace")
+    with state.undisturbed(), state.collected(notices):
+        try:
+            return model_of(savedmodel.graph(path), path.resolve().name)
+        except DeploykitError:
+            raise
+        except Exception as error:  # a damaged graph fails anywhere in TensorFlow
+            raise LoadError(f"TensorFlow cannot read the graph of {path} ({_cause(error)}); save it again") from error
 
 
 def _fingerprint(path: Path) -> str:
@@ -299,9 +341,7 @@ def _filled(model: keras.Model, weights: Path, described: Contents) -> list[str]
     if reader.format == "hdf5":
         with hdf5.open_checked(weights, str(weights)) as file:
             if "layer_names" in file.attrs or "layer_names0" in file.attrs or "model_weights" in file:
-                backend = text_of(file.attrs.get("backend"))
-                order = legacy.layer_order(described.config)
-                return legacy.fill_hdf5(file, model, what=str(weights), backend=backend, order=order)
+                return hdf5.fill_beside(file, model, described, str(weights))
             if not hdf5.is_weights(file):
                 raise LoadError(f"{weights} holds no weights; pass a file written by model.save_weights()")
             suffix = ".weights.h5"

@@ -15,7 +15,7 @@ import contextlib
 import functools
 import mmap
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ import numpy as np
 import tensorflow as tf
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # comes without types
 from tensorflow.core.protobuf.tensor_bundle_pb2 import BundleEntryProto, BundleHeaderProto
+from tensorflow.core.protobuf.trackable_object_graph_pb2 import TrackableObjectGraph
 
 from deploykit.errors import LoadError
 
@@ -31,6 +32,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 Bits = np.ndarray[Any, np.dtype[np.uint32]]
 
 INDEX = "variables/variables.index"
+OBJECTS = "_CHECKPOINTABLE_OBJECT_GRAPH"  # the entry that holds the tree of objects
 
 MAX_OBJECTS_BYTES = 64 << 20  # the tree of objects: a few MB for an ImageNet-size net
 MAX_INDEX_BYTES = 64 << 20  # about 100 bytes for each variable
@@ -52,6 +54,14 @@ def reading(what: str, path: Path) -> Iterator[None]:
 def refuse_size(size: int, limit: int, what: str, path: Path) -> None:
     if size > limit:
         raise LoadError(f"{path}: {what} is {size >> 20} MiB long, the limit is {limit >> 20}; refusing it")
+
+
+def refuse_tree(nodes: Sequence[Any], what: str, path: Path) -> None:
+    """Raise LoadError for a tree of objects that is too large or points to what is not there."""
+    if len(nodes) > MAX_RECORDS:
+        raise LoadError(f"{path}: {what} holds more than {MAX_RECORDS} objects; refusing to read them")
+    if any(not 0 <= child.node_id < len(nodes) for node in nodes for child in node.children):
+        raise LoadError(f"{path}: {what} is damaged (it points to an object that is not there); save the model again")
 
 
 def varint(data: bytes | mmap.mmap, at: int) -> tuple[int, int]:
@@ -133,6 +143,15 @@ class Checkpoint:
         if entry.crc32c != _masked(crc32c(length + data[at:])):
             raise ValueError("checksum")
         return text
+
+    def objects(self) -> Sequence[Any]:
+        """The tree of objects: each with its children by attribute, and the names of its values."""
+        with reading("the checkpoint's tree of objects", self.path):
+            nodes: Sequence[Any] = TrackableObjectGraph.FromString(self.text(OBJECTS)).nodes
+            if not nodes:
+                raise ValueError("no objects")
+        refuse_tree(nodes, "the checkpoint", self.path)
+        return nodes
 
 
 def _numeric(number: int) -> np.dtype[Any]:

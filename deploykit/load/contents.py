@@ -34,7 +34,8 @@ _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 class Contents:
     """``config`` is the model's own description (never None); ``backend`` and ``saved_by`` as recorded.
 
-    ``assumed``: the generation of files of this format that record no version.
+    ``assumed``: the generation of files of this format that record no version. ``opaque``: why there is no
+    description, in a SavedModel whose graph is all that is known of the model.
     """
 
     config: dict[str, Any]
@@ -43,6 +44,7 @@ class Contents:
     training_config_found: bool
     notices: tuple[str, ...] = ()
     assumed: int = 1
+    opaque: str | None = None
 
     @property
     def generation(self) -> int:

@@ -1,7 +1,8 @@
 """A model's description alone: the JSON of ``model.to_json()``, whose weights are in another file (``--weights``).
 
-The text of Keras 2 names its version; that of Keras 3 does not, but names the module of every class. YAML, which Keras
-wrote until 2.5, is refused: reading it ran whatever the file said, and only that Keras knows its dialect.
+The text of Keras 2 names its version; that of Keras 3 does not, but names the module of every class. That of Keras 1
+is complete with its weights alone, whose names tell the backend (`completed`). YAML, which Keras wrote until 2.5, is
+refused: reading it ran whatever the file said, and only that Keras knows its dialect.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import keras
 
 from deploykit.errors import LoadError, UnsupportedModelError
+from deploykit.load import hdf5
 from deploykit.load.contents import MAX_CONFIG_BYTES, Contents, parse_config, printable, text_of
 
 START_BYTES = 4096
@@ -41,19 +43,27 @@ def peek(path: Path) -> Contents:
             "write it there with model.to_json(), or save the whole model with model.save()"
         )
     config = parse_config(text, str(path))
-    saved_by = printable(text_of(config.get("keras_version")))
-    if (saved_by or "").startswith("1.") or (saved_by is None and b'"W_regularizer"' in text):
-        raise UnsupportedModelError(
-            f"{path} describes a model of Keras 1, whose weights cannot be read apart from it; "
-            "pass the file that model.save() wrote"
-        )
     return Contents(
         config=config,
-        saved_by=saved_by,
+        saved_by=printable(text_of(config.get("keras_version"))),
         backend=printable(text_of(config.get("backend"))),
         training_config_found=bool(config.get("compile_config")),
-        assumed=3 if "module" in config else 1,
+        assumed=3 if "module" in config else hdf5.assumed(text.decode("utf-8")),
     )
+
+
+def completed(contents: Contents, path: Path, weights: Path | None) -> Contents:
+    """What the file says, with what its weights say of it. Raises LoadError where there are none."""
+    if weights is None:
+        raise LoadError(f"{path} describes a model but holds no weights; pass the weights file with --weights")
+    if contents.generation > 1:
+        return contents
+    if not weights.exists():
+        raise LoadError(f"there is no file {weights}; check the path")
+    if not hdf5.recognises(weights):
+        raise LoadError(f"{path} is of Keras 1, {weights} is not; pass what model.save_weights() wrote for it there")
+    with hdf5.open_checked(weights, str(weights)) as file:
+        return hdf5.modernised(contents, hdf5.backend_of(file, str(weights)), str(path))
 
 
 def build(path: Path, custom_objects: Mapping[str, Any], safe_mode: bool) -> keras.Model:
@@ -64,7 +74,3 @@ def build(path: Path, custom_objects: Mapping[str, Any], safe_mode: bool) -> ker
 def fill(path: Path, model: keras.Model, contents: Contents) -> list[str]:
     """Nothing: the weights are in another file."""
     return []
-
-
-def without_weights(path: Path) -> LoadError:
-    return LoadError(f"{path} describes a model but holds no weights; pass the weights file with --weights")

@@ -10,8 +10,10 @@ What Keras 1 or 2 wrote is translated (`deploykit.load.legacy`); only files of K
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,6 +30,10 @@ MAGIC = b"\x89HDF\r\n\x1a\n"
 # A dataset may declare a shape that it hardly stores: reading it would allocate the declaration.
 BOMB_FLOOR_BYTES = 64 << 20
 BOMB_EXPANSION = 1000  # gzip reaches about 1000:1 on constant data
+
+
+HEAP = b"GCOL\1"  # a global heap, of the only version
+HEAP_HEADER_BYTES = 16  # of it and of an object in it, where lengths take 8 bytes, as libhdf5 writes them
 
 
 # Where no version is recorded (Keras 1.0, and files that were copied by hand): what only a newer Keras writes.
@@ -71,13 +77,55 @@ def _refuse_dataset(dataset: h5py.Dataset, name: str, what: str) -> None:
         )
 
 
+def refuse_heaps(stream: BinaryIO, what: str) -> None:
+    """Raise LoadError where libhdf5 would walk a global heap, which holds texts of any length, for ever.
+
+    A heap is a header and a chain of objects; each begins with its number, uses and length, and the next begins behind
+    it. libhdf5 (1.14) follows one that does not lead on, of number 0 (free space) and length 0 say, without end.
+    """
+    left = stream.seek(0, io.SEEK_END) // HEAP_HEADER_BYTES
+    for heap in list(_found(stream, HEAP)):
+        stream.seek(heap)
+        end = heap + int.from_bytes(stream.read(HEAP_HEADER_BYTES)[8:], "little")
+        at = heap + HEAP_HEADER_BYTES
+        while at + HEAP_HEADER_BYTES <= end:
+            stream.seek(at)
+            header = stream.read(HEAP_HEADER_BYTES)
+            if len(header) < HEAP_HEADER_BYTES:
+                break  # beyond the file, which libhdf5 notices
+            size = int.from_bytes(header[8:], "little")
+            step = HEAP_HEADER_BYTES + -(-size // 8) * 8 if any(header[:2]) else size
+            left -= 1
+            if not HEAP_HEADER_BYTES <= step < 1 << 63 or left < 0:
+                raise LoadError(f"{what} is a damaged HDF5 file (a heap that leads nowhere); copy or save it again")
+            at += step
+
+
+def _found(stream: BinaryIO, mark: bytes) -> Iterator[int]:
+    """Where a mark stands in a file."""
+    start, before = 0, b""
+    stream.seek(0)
+    while piece := stream.read(1 << 20):
+        piece = before + piece
+        at = piece.find(mark)
+        while at >= 0:
+            yield start + at
+            at = piece.find(mark, at + 1)
+        before = piece[-len(mark) + 1 :]
+        start += len(piece) - len(before)
+
+
 def open_checked(source: Path | BinaryIO, what: str) -> h5py.File:
     """Open for reading and refuse pointers; the caller closes. Raises LoadError for a damaged file."""
     try:
+        with open(source, "rb") if isinstance(source, Path) else contextlib.nullcontext(source) as stream:
+            refuse_heaps(stream, what)
         file = h5py.File(source, "r")
     except (OSError, RuntimeError, ValueError) as error:
         raise LoadError(f"{what} is a damaged or truncated HDF5 file; copy or save it again") from error
     try:
+        if file.id.get_create_plist().get_sizes() != (8, 8):
+            raise LoadError(f"{what} is an HDF5 file with addresses or lengths that are not of 8 bytes; save it again")
         refuse_pointers(file, what)
     except LoadError:
         file.close()
@@ -106,15 +154,28 @@ def peek(path: Path) -> Contents:
             saved_by=printable(text_of(attributes.get("keras_version"))),
             backend=printable(text_of(attributes.get("backend"))),
             training_config_found="training_config" in attributes,
-            assumed=1
-            if '"W_regularizer":' in text
-            else next((n for key, n in NEWER.items() if f'"{key}":' in text), 1),
+            assumed=assumed(text),
         )
-        if contents.generation == 1:  # names no backend, but names of weights tell it
-            backend = contents.backend or keras1.backend_of(stored_names(file))
-            modern = keras1.modernise(config, what=str(path), backend=backend)
-            contents = replace(contents, config=modern, backend=backend)
-    return contents
+        return contents if contents.generation > 1 else modernised(contents, backend_of(file, str(path)), str(path))
+
+
+def assumed(text: str) -> int:
+    """The generation of a description that records no version."""
+    return 1 if '"W_regularizer":' in text else next((n for key, n in NEWER.items() if f'"{key}":' in text), 1)
+
+
+def modernised(contents: Contents, backend: str | None, what: str) -> Contents:
+    """A description of Keras 1 as Keras 2 would have written it; ``backend``: what saved the weights."""
+    config = keras1.modernise(contents.config, what=what, backend=backend)
+    return replace(contents, config=config, backend=backend)
+
+
+def backend_of(weights: h5py.File, what: str) -> str | None:
+    """What a file records, or else the names of its weights tell: Keras 1 recorded nothing."""
+    try:
+        return printable(text_of(weights.attrs.get("backend"))) or keras1.backend_of(stored_names(weights))
+    except (OSError, RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise LoadError(f"{what} is damaged: its weights are not where it names them; copy or save it again") from error
 
 
 def _without_config(file: h5py.File, attributes: Mapping[str, object], path: Path) -> LoadError:
@@ -145,6 +206,23 @@ def fill(path: Path, model: keras.Model, contents: Contents) -> list[str]:
             order=layer_order(config),
             generation=contents.generation,
         )
+
+
+def fill_beside(file: h5py.File, model: keras.Model, described: Contents, what: str) -> list[str]:
+    """Fill a model from layer groups that are not in the file of its description; returns notices.
+
+    Weights of Keras 1 record no version, and have to be of the backend for which its description was read.
+    """
+    order = layer_order(described.config)
+    version = text_of(file.attrs.get("keras_version")) or "1"
+    if described.generation > 1 or not version.startswith("1"):
+        return fill_hdf5(file, model, what=what, backend=text_of(file.attrs.get("backend")), order=order)
+    if (backend := backend_of(file, what)) != described.backend:
+        raise LoadError(
+            f"{what} was saved on {backend}, the model on {described.backend}, which computes otherwise; "
+            "pass the weights of this very model"
+        )
+    return fill_hdf5(file, model, described.config, what=what, backend=backend, order=order, generation=1)
 
 
 def build(path: Path, custom_objects: Mapping[str, Any], safe_mode: bool) -> keras.Model:

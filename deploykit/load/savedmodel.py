@@ -1,4 +1,4 @@
-"""SavedModel folders that Keras wrote: the layers are rebuilt from their description, the graph is never run.
+"""SavedModel folders: the layers that Keras described are rebuilt, and the graph is left alone.
 
 ``model.save("folder")`` of tf.keras 2.0 to 2.15 and of tf_keras leaves the same model twice in a folder: as a
 TensorFlow graph, and as what Keras needs to make it again. Only the second is read here:
@@ -15,6 +15,9 @@ layer's name, anything else to its parts by attribute (``forward_layer``, ``cell
 found with its shape, and every variable of the tree must be used, but for the state of optimizers, metrics,
 random generators and stateful recurrences.
 
+A folder without such descriptions (of TensorFlow 1, of a ``tf.Module``, of Keras 3's ``model.export``) and a subclassed
+model, whose description names no layers, are opaque: `savedgraph` reads their graph.
+
 The folder is untrusted. Links out of it are refused, every length is checked against the bytes that are there
 before anything is allocated, and of saved_model.pb only the tree of objects is parsed.
 """
@@ -27,7 +30,7 @@ import os
 import re
 import stat
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,14 +38,24 @@ from typing import Any
 import keras
 import tensorflow as tf
 from tensorflow.core.protobuf.saved_object_graph_pb2 import SavedObjectGraph
-from tensorflow.core.protobuf.trackable_object_graph_pb2 import TrackableObjectGraph
 
 from deploykit.errors import LoadError, UnsafeModelError, UnsupportedModelError
 from deploykit.files import sha256 as sha256_of_file
-from deploykit.load.checkpoint import INDEX, MAX_OBJECTS_BYTES, MAX_RECORDS, Checkpoint, reading, refuse_size, varint
+from deploykit.load import savedgraph
+from deploykit.load.checkpoint import (
+    INDEX,
+    MAX_OBJECTS_BYTES,
+    MAX_RECORDS,
+    Checkpoint,
+    reading,
+    refuse_size,
+    refuse_tree,
+    varint,
+)
 from deploykit.load.contents import Contents, parse_config, printable, text_of
 from deploykit.load.legacy import modern_name, plain, steepen
 from deploykit.load.legacy.config import LEARNT
+from deploykit.opaque import Graph
 
 GRAPH, METADATA = "saved_model.pb", "keras_metadata.pb"
 
@@ -75,7 +88,6 @@ RENAMED: dict[str, dict[str, str]] = {
     "BaseDepthwiseConv": {"kernel": "depthwise_kernel"},
 }
 
-_OBJECT_GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"
 _LAYER = re.compile(r"layer(_with_weights)?-\d+")
 _OWN_LISTS = frozenset(("_layers", "_metrics", "_trainable_variables", "_non_trainable_variables", "_seed_generators"))
 
@@ -106,25 +118,16 @@ def peek(path: Path) -> Contents:
     files = _files(path)
     saved = _saved(path)
     if 0 not in saved.described:
-        raise UnsupportedModelError(
-            f"{path} holds a TensorFlow graph without Keras layers, which is not supported yet; "
-            "save the Keras model itself with model.save()"
-        )
+        return _opaque(saved, "it was saved without Keras layers")
     identifier, text = saved.described[0]
     document = parse_config(text, f"the Keras metadata of {path}")
     model = document.get("model_config")
     model = model if isinstance(model, dict) and isinstance(model.get("config"), dict) else document
     name, config = model.get("class_name"), plain(model.get("config"))
     if not isinstance(name, str) or identifier not in MODELS:
-        raise UnsupportedModelError(
-            f"{path} holds {printable(str(name))} ({printable(identifier)}), which is no Keras model; "
-            "save a whole model with model.save()"
-        )
+        return _opaque(saved, f"{printable(str(name))} ({printable(identifier)}) is no Keras model")
     if not isinstance(config, dict) or not isinstance(config.get("layers"), list):
-        raise UnsupportedModelError(
-            f"{path} holds a subclassed model ({printable(name)}), whose layers only its own code knows; "
-            "build it with keras.Input and save it again"
-        )
+        return _opaque(saved, f"it is a subclassed model ({printable(name)}), whose layers only its own code knows")
     _refuse_learnt(config, path)
     if INDEX not in files:
         raise LoadError(f"{path} describes a model but holds no weights; save it again with model.save()")
@@ -140,6 +143,24 @@ def peek(path: Path) -> Contents:
         notices=tuple(notices),
         assumed=2,
     )
+
+
+def _opaque(saved: _Saved, why: str) -> Contents:
+    return Contents(
+        config={},
+        saved_by=None,
+        backend="tensorflow",
+        training_config_found=False,
+        notices=(
+            f"{why}: the TensorFlow graph is taken as it is, which has no layers to fold and no float64 reference",
+        ),
+        opaque=why,
+    )
+
+
+def graph(path: Path) -> Graph:
+    """The graph of a folder whose contents `peek` called opaque. Raises like `savedgraph.read`."""
+    return savedgraph.read(path, described=bool(_saved(path).objects.nodes))
 
 
 def fill(path: Path, model: keras.Model, contents: Contents) -> list[str]:
@@ -277,21 +298,9 @@ def _saved(path: Path) -> _Saved:
         if not graphs:
             raise ValueError("no graph")
     tensorflow = printable(versions[-1]) if versions else None
-    if not tree.nodes:
-        raise UnsupportedModelError(
-            f"{path} is a SavedModel of TensorFlow 1 or an Estimator, which holds no Keras layers; "
-            "this generation is not supported"
-        )
-    _refuse_tree(tree.nodes, GRAPH, path)
+    refuse_tree(tree.nodes, GRAPH, path)
     described = _described(path) if (path / METADATA).is_file() else _described_inside(tree)
     return _Saved(tensorflow, tree, described)
-
-
-def _refuse_tree(nodes: Sequence[Any], what: str, path: Path) -> None:
-    if len(nodes) > MAX_RECORDS:
-        raise LoadError(f"{path}: {what} holds more than {MAX_RECORDS} objects; refusing to read them")
-    if any(not 0 <= child.node_id < len(nodes) for node in nodes for child in node.children):
-        raise LoadError(f"{path}: {what} is damaged (it points to an object that is not there); save the model again")
 
 
 def _described_inside(tree: SavedObjectGraph) -> dict[int, tuple[str, bytes]]:
@@ -365,11 +374,7 @@ class _Tree:
     def __init__(self, path: Path, saved: _Saved, checkpoint: Checkpoint) -> None:
         self.path, self.checkpoint = path, checkpoint
         self._saved = saved
-        with reading("the checkpoint's tree of objects", path):
-            self._stored = TrackableObjectGraph.FromString(checkpoint.text(_OBJECT_GRAPH)).nodes
-            if not self._stored:
-                raise ValueError("no objects")
-        _refuse_tree(self._stored, "the checkpoint", path)
+        self._stored = checkpoint.objects()
         self._names: dict[int, str | None] = {}
 
     def children(self, node: _Node) -> dict[str, _Node]:

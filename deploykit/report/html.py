@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from deploykit.report.markdown import against
-from deploykit.report.wording import decibels, milliseconds, ratio, size, small
+from deploykit.report.markdown import against, fused_in_short
+from deploykit.report.wording import decibels, milliseconds, origin, ratio, size, small
 
 Json = Mapping[str, Any]
 
@@ -74,7 +74,8 @@ def page(report: Json) -> str:
     fuse, check, bench, source = report["fuse"], report["check"], report["bench"], report["source"]
     passed = check["passed"]
     verdict = "Equivalent to the trained model" if passed else "NOT equivalent to the trained model"
-    affines = fuse["affines"]
+    if passed and not report["proven"]:
+        verdict += ", not proven"
     name = source["path"].replace("\\", "/").rsplit("/", 1)[-1]
     decisions = [
         (d["layer"], d["kind"], d["outcome"], d["direction"] or "-", ", ".join(d["into"]) or "-", d["reason"])
@@ -92,8 +93,8 @@ def page(report: Json) -> str:
     sections = [
         f"<h1>{escape(name)}</h1>",
         f'<p class="verdict {"good" if passed else "bad"}">{verdict}</p>',
-        f"<p>{affines['fused']} of {affines['total']} affines fused, {affines['reduced']} reduced; "
-        f"{escape(files)}; opset {report['opset']}.</p>",
+        f"<p>{escape(report['reason'])}.</p>" if report["reason"] else "",
+        f"<p>{escape(fused_in_short(fuse))}; {escape(files)}; opset {report['opset']}.</p>",
         f"<h2>Equivalence</h2><p>Reference in {check['reference']['precision']}, {escape(check['data'])}.</p>",
         _check(check),
         "<h2>Latency</h2>",
@@ -103,7 +104,7 @@ def page(report: Json) -> str:
         _table(("layer", "kind", "outcome", "direction", "into", "reason"), decisions) if decisions else "",
         f"<h2>Notices</h2><ul>{notices}</ul>" if notices else "",
         f"<p><small>deploykit {escape(report['deploykit'])}; source sha256 <code>{escape(source['sha256'])}</code>; "
-        f"Keras {escape(str(source['saved_by'] or '?'))}</small></p>",
+        f"{escape(origin(source))}</small></p>",
     ]
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'

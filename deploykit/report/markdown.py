@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from deploykit.report.wording import decibels, milliseconds, ratio, size, small
+from deploykit.report.wording import decibels, milliseconds, origin, ratio, size, small
 
 Json = Mapping[str, Any]
 
@@ -78,6 +78,15 @@ def against(bench: Json, row: Json, last: str) -> tuple[float | None, list[float
     return None, None, ""
 
 
+def fused_in_short(fuse: Json) -> str:
+    """How many affines went, or what constant folding left where there are no layers."""
+    if folding := fuse.get("folding"):
+        return f"no layers to fold; constant folding left {folding['after']} of {folding['before']} operations"
+    affines = fuse["affines"]
+    told = f"{affines['fused']} of {affines['total']} affines were folded into their neighbours"
+    return told + (f", {affines['reduced']} were reduced to one addition" if affines["reduced"] else "")
+
+
 def model_card(report: Json) -> str:
     """Markdown for a bundle's README from its ``deploykit.deploy/1`` report."""
     fuse, check, bench, source = report["fuse"], report["check"], report["bench"], report["source"]
@@ -88,7 +97,7 @@ def model_card(report: Json) -> str:
     lines = [
         f"# {name}, deployed",
         "",
-        f"Made by deploykit {report['deploykit']} from `{name}` (saved by Keras {source['saved_by'] or '?'}, "
+        f"Made by deploykit {report['deploykit']} from `{name}` ({origin(source)}, "
         f"sha256 `{source['sha256'][:16]}...`).",
         f"`model.onnx` has opset {report['opset']} and runs on ONNX Runtime {report['oldest_onnxruntime'] or '?'} "
         "and later.",
@@ -111,6 +120,7 @@ def model_card(report: Json) -> str:
         "## Equivalence",
         "",
         f"Measured against the original in {check['reference']['precision']} on {check['data']}.",
+        *([f"Not proven: {report['reason']}."] if report["reason"] else []),
         "",
         *_equivalence(check),
     ]
@@ -118,14 +128,7 @@ def model_card(report: Json) -> str:
     if accuracy is not None:
         ours = check["comparisons"][-1]["accuracy"]
         lines += ["", f"Accuracy on the labelled samples: original {accuracy:.2%}, `model.onnx` {ours:.2%}."]
-    affines = fuse["affines"]
-    lines += [
-        "",
-        "## Fused",
-        "",
-        f"{affines['fused']} of {affines['total']} affines were folded into their neighbours"
-        + (f", {affines['reduced']} were reduced to one addition." if affines["reduced"] else "."),
-    ]
+    lines += ["", "## Fused", "", f"{fused_in_short(fuse)}."]
     lines += [f"- {d['outcome']} `{d['layer']}`: {d['reason']}" for d in kept[:20]]
     if len(kept) > 20:
         lines.append(f"- and {len(kept) - 20} more, see `report.json`")

@@ -15,8 +15,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from deploykit.report.markdown import against
-from deploykit.report.wording import count, decibels, milliseconds, ratio, size, small
+from deploykit.report.markdown import against, fused_in_short
+from deploykit.report.wording import count, decibels, milliseconds, origin, ratio, size, small
 
 Json = Mapping[str, Any]
 ROWS = 20  # a table of decisions folds into counts beyond this
@@ -50,6 +50,12 @@ def _head(report: Json, what: str = "") -> Text:
     return Text.assemble((f"deploykit {report['deploykit']}", "dim"), "  ", (str(report["model"]), "bold"), f"  {what}")
 
 
+def _unproven(report: Json) -> list[tuple[str, RenderableType]]:
+    """Why what passed is no proof."""
+    passed = report.get("passed", report.get("check", {}).get("passed"))
+    return [("NOT PROVEN", Text(report["reason"], style="yellow"))] if passed and report["reason"] else []
+
+
 def _seconds(report: Json) -> str:
     parts = report.get("seconds", {})
     return ", ".join(f"{name} {value:.1f}" for name, value in parts.items() if value >= 0.05 and name != "total")
@@ -60,6 +66,8 @@ def _seconds(report: Json) -> str:
 
 def _fused_rows(fuse: Json, *, reasons: bool = True) -> list[tuple[str, RenderableType]]:
     affines, decisions = fuse["affines"], fuse["decisions"]
+    if fuse.get("folding"):
+        return [("fused", fused_in_short(fuse))]
     if not affines["total"]:
         return [
             ("fused", "nothing: the model has no BatchNormalization, Normalization, Rescaling or constant arithmetic")
@@ -128,7 +136,8 @@ def fuse(report: Json, console: Console) -> None:
 def _check_rows(check: Json) -> list[tuple[str, RenderableType]]:
     rows: list[tuple[str, RenderableType]] = []
     for index, comparison in enumerate(check["comparisons"]):
-        table = _table("output", "SNR", "original's own", "max abs", "top-1", "verdict", right=[1, 2, 3, 4])
+        own = "original's own" if check["reference"]["precision"] == "float64" else "yardstick"
+        table = _table("output", "SNR", own, "max abs", "top-1", "verdict", right=[1, 2, 3, 4])
         for output in comparison["outputs"]:
             top1 = output["top1_agreement"]
             table.add_row(
@@ -154,7 +163,7 @@ def check(report: Json, console: Console) -> None:
     rows = _check_rows(report)
     reference = report["reference"]
     rows.append(("reference", escape(f"{reference['model']} in {reference['precision']}, on {report['data']}")))
-    console.print(Group(_head(report), _grid(rows + _notices(report))))
+    console.print(Group(_head(report), _grid(rows + _unproven(report) + _notices(report))))
 
 
 # ------------------------------------------------------------------------------------------------- bench
@@ -207,7 +216,9 @@ def inspect(report: Json, console: Console) -> None:
     rows: list[tuple[str, RenderableType]] = [
         (
             "file",
-            f"{file['format']}, {size(file['bytes'])}, saved by Keras {file['saved_by'] or '?'}"
+            f"{file['format']}, {size(file['bytes'])}, {escape(report['graph']['origin'])}"
+            if report["graph"]
+            else f"{file['format']}, {size(file['bytes'])}, saved by Keras {file['saved_by'] or '?'}"
             + (f" on {escape(file['backend'])}" if file["backend"] else "")
             + (f", translated from generation {file['generation']}" if file["generation"] < 3 else ""),
         ),
@@ -223,12 +234,21 @@ def inspect(report: Json, console: Console) -> None:
             rows.append((side if index == 0 else "", escape(f"{spec['name']} {spec['dtype']} [{sizes}]")))
     rows.append(("training", "training configuration found" if file["training_config_found"] else "none in the file"))
     kinds = ", ".join(f"{number} {kind}" for kind, number in report["affines"].items()) or "none"
-    rows.append(("affines", f"{kinds}; `deploykit fuse --dry-run` says which can go"))
+    if report["graph"]:
+        most = list(report["graph"]["operations"].items())[:8]
+        rows.append(("operations", escape(", ".join(f"{number} {name}" for name, number in most))))
+    else:
+        rows.append(("affines", f"{kinds}; `deploykit fuse --dry-run` says which can go"))
     for index, warning in enumerate(report["health"]):
         rows.append(("health" if index == 0 else "", Text(warning, style="yellow")))
-    if not report["health"]:
+    if not report["health"] and report["graph"]:
+        rows.append(("health", "nothing to warn about: all weights are finite"))
+    elif not report["health"]:
         rows.append(("health", "nothing to warn about: all weights are finite and no layer's numbers are unusual"))
     parts: list[RenderableType] = [_head(report), _grid(rows + _notices(report))]
+    if report["graph"]:
+        console.print(Group(*parts))
+        return
     table = _table("layer", "class", "output", "parameters", right=[3])
     layers = report["layers"]
     shown = layers if len(layers) <= 2 * ROWS else [*layers[:ROWS], None, *layers[-ROWS // 2 :]]
@@ -252,7 +272,7 @@ def export(report: Json, console: Console) -> None:
         rows += _fused_rows(report["fuse"])
     if report.get("check"):
         rows += _check_rows(report["check"])
-    console.print(Group(_head(report), _grid(rows + _notices(report))))
+    console.print(Group(_head(report), _grid(rows + _unproven(report) + _notices(report))))
 
 
 def deploy(report: Json, console: Console) -> None:
@@ -260,6 +280,7 @@ def deploy(report: Json, console: Console) -> None:
     rows = _fused_rows(report["fuse"])
     rows += _check_rows(report["check"])
     rows.append(("", escape(f"on {report['check']['data']}; reference in {report['check']['reference']['precision']}")))
+    rows += _unproven(report)
     rows.append(("time", _bench_table(report["bench"])))
     threads = report["bench"]["candidates"][0]["threads"]
     rows.append(("", escape(f"on {report['environment'].get('cpu', '?')}, {count(threads, 'thread')}, batch 1")))
@@ -268,7 +289,7 @@ def deploy(report: Json, console: Console) -> None:
     rows.append(("", escape(f"prove it on the target: python {report['bundle']}/verify.py")))
     rows += _notices(report)
     rows.append(("seconds", f"{report['seconds']['total']:.1f}  ({_seconds(report)})"))
-    head = _head(report, f"Keras {file['saved_by'] or '?'}, {size(file['bytes'])}")
+    head = _head(report, f"{origin(file)}, {size(file['bytes'])}")
     console.print(Group(head, _grid(rows)))
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 
 def size(count: float | None) -> str:
     """Bytes in decimal units: 283 kB."""
@@ -33,6 +36,11 @@ def decibels(value: float | None) -> str:
 
 def small(value: float | None) -> str:
     return "-" if value is None else f"{value:.2g}"
+
+
+def origin(file: Mapping[str, Any]) -> str:
+    """Who saved a model: ``file`` is the report's record of it."""
+    return "TensorFlow graph" if file.get("opaque") else f"Keras {file['saved_by'] or '?'}"
 
 
 def count(number: int, noun: str) -> str:

@@ -98,13 +98,12 @@ def open(name: str, model: Any, *, threads: int | None = None) -> Session:
 
 
 def runtime_for(path: str | os.PathLike[str]) -> str:
-    """The name of the first runtime in the table that reads files of this kind."""
+    """The name of the first runtime in the table that reads files of this kind, or else of Keras.
+
+    Keras models have any name (HDF5 without an extension, folders), and are known by their content.
+    """
     suffix = Path(path).suffix.lower()
-    for row in RUNTIMES.values():
-        if suffix in row.suffixes:
-            return row.name
-    kinds = ", ".join(f"{kind} ({row.name})" for row in RUNTIMES.values() for kind in row.suffixes)
-    raise InputError(f"no runtime reads {path}; readable are {kinds}")
+    return next((row.name for row in RUNTIMES.values() if suffix in row.suffixes), "keras")
 
 
 def fitted(inputs: Mapping[str, Array], specs: Sequence[TensorSpec]) -> list[Array]:

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from deploykit.errors import DataError, InputError, LoadError, UnsupportedModelError
+from deploykit.errors import DataError, InputError, UnsupportedModelError
 from deploykit.graph import flat_call, runnable, signature
 from deploykit.load import load
 from deploykit.runtimes import Array, fitted
@@ -76,10 +75,7 @@ def session(model: Any, *, threads: int | None = None) -> KerasSession:
             " start a process with tf.config.threading set, before TensorFlow runs anything"
         )
     if isinstance(model, str | os.PathLike):
-        path = Path(model)
-        if not path.is_file():
-            raise LoadError(f"{path} does not exist or is no file; give the path of a .keras file")
-        model = load(path).model
+        model = load(model).model
     if not isinstance(model, keras.Model):
-        raise InputError(f"runtime {NAME} runs keras.Model objects and .keras files, not {type(model).__name__}")
+        raise InputError(f"runtime {NAME} runs keras.Model objects and their files, not {type(model).__name__}")
     return KerasSession(model)

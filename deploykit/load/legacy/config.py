@@ -21,6 +21,12 @@ One function changed its meaning. Keras 2's hard_sigmoid is ``clip(0.2·x + 0.5,
 ``clip(y/6 + 0.5, 0, 1)``, and they are equal for ``y = 1.2·x``. Where the activation follows weights, those are
 multiplied by 1.2 when they are filled in (``STEEPER``, see `weights`); a lone Activation gets a Rescaling in front.
 
+Some layers become a few in turn (``chain``), the last of which has the name. A causal SeparableConv1D pads zeros,
+``(k - 1)·dilation``, in front and convolves what is there. The bilinear upsampling of TensorFlow 1 put
+``(1 - j/s)·x[i] + (j/s)·x[i + 1]`` at ``s·i + j``, with the last sample also behind the end. For ``s = 2`` that is x
+repeated twice and the mean of each two neighbours, where the last has none; and twice that is ``s = 4``, because in
+between it is linear.
+
 Limits: what is registered under a package's name ("Addons>GELU") is a class of that package and must be given.
 """
 
@@ -53,6 +59,7 @@ RENAMED = {
     "CuDNNGRU": "GRU",
     "ThresholdedReLU": "ReLU",  # x where x > theta, else 0: ReLU(threshold=theta)
     "DenseV1": "Dense",
+    "RandomCrop": "Resizing",  # of the largest window of that shape in the middle, which it does at inference
 }
 
 # Random layers that Keras 3 has not; at inference they hand their input on.
@@ -67,8 +74,6 @@ REFUSED = {
     "LocallyConnected1D": "has no equivalent in Keras 3; build the model without it",
     "LocallyConnected2D": "has no equivalent in Keras 3; build the model without it",
     "KerasLayer": "loads a module of TensorFlow Hub from elsewhere; build the model from layers",
-    "RandomCrop": "resizes at inference, which Keras 3's does not; build the model with Resizing",
-    "SpectralNormalization": "is not translated yet; remove it where the model was made, or save it with Keras 3",
     "DenseFeatures": "reads TensorFlow feature columns; build the model on plain inputs",
 }
 
@@ -99,6 +104,7 @@ MEANT_NOTHING: Mapping[tuple[str | None, str], Collection[Any] | None] = {
     ("DepthwiseConv2D", "filters"): (None,),
     ("Embedding", "input_length"): None,  # a promise about the input, kept by `_input_of`
     ("Embedding", "sparse"): None,  # of its gradients
+    ("Resizing", "seed"): None,  # of a RandomCrop
     (None, "vocabulary_size"): None,  # counted from the vocabulary
     ("Attention", "causal"): (False,),
     ("AdditiveAttention", "causal"): (False,),
@@ -131,6 +137,7 @@ ARGUMENTS: Mapping[tuple[str, str], tuple[str, Callable[[Any], Any]]] = {
 FIXED: Mapping[str, Config] = {
     "CuDNNLSTM": {"activation": "tanh", "recurrent_activation": "sigmoid"},
     "CuDNNGRU": {"activation": "tanh", "recurrent_activation": "sigmoid", "reset_after": True},
+    "RandomCrop": {"interpolation": "bilinear", "crop_to_aspect_ratio": True, "data_format": "channels_last"},
 }
 
 ACTIVATIONS = {"softmax_v2": "softmax", "swish": "silu", "log_softmax_v2": "log_softmax", "relu_v2": "relu"}
@@ -167,6 +174,13 @@ LEARNT = {
 }
 UNKNOWN_INTERPOLATIONS = ("gaussian", "mitchellcubic")
 PRUNED = "PruneLowMagnitude"  # tfmot's wrapper: kernel·mask is what it applies
+SPECTRAL = "SpectralNormalization"  # divides the kernel itself in training, so that inference takes it as it is stored
+STRIPPED = {  # wrappers that are not there at inference -> what is told
+    PRUNED: "the pruning wrapper is stripped, its mask applied",
+    SPECTRAL: "the wrapper of spectral normalization is stripped: the kernel is stored normalised",
+}
+# Classes that do something else in training and of whose translation that cannot be seen.
+UNTRAINED = frozenset((*IDENTITIES, "RandomCrop", SPECTRAL))
 WRAPPED = ("layer", "backward_layer", "forward_layer", "cell")  # arguments that hold a layer
 FREE = {  # arguments that training alone reads -> where their classes live
     "initializer": keras.initializers,
@@ -359,13 +373,41 @@ class _Translation:
             except UnsupportedModelError as error:  # outside its table
                 raise UnsupportedModelError(f"{self.what}: {error}") from error
             return {**placed, "operation": {"kind": kind, "config": config}}
-        layer = self.layer(kind, config, name, wrapped=False)
-        arguments = layer["config"]
-        if layer["class_name"] == "Activation" and arguments.get("activation") == "hard_sigmoid":
-            steeper: Config = {"name": modern_name(f"{name}.steeper"), "scale": STEEPNESS, "offset": 0.0}
-            steeper |= {key: arguments[key] for key in ("dtype",) if key in arguments}
-            return {**placed, "layer": layer, "before": [serialised("layers", "Rescaling", steeper)]}
+        *before, layer = self.chain(self.layer(kind, config, name, wrapped=False), str(name))
+        placed |= {"before": before} if before else {}
+        placed |= {"untrained": True} if UNTRAINED.intersection(_classes(entry)) else {}
         return {**placed, "layer": layer}
+
+    def chain(self, layer: Config, name: str) -> list[Config]:
+        """What does in turn what a layer did; the layer itself where it does so alone."""
+        kind, arguments = layer["class_name"], layer["config"]
+        common = {key: arguments[key] for key in ("dtype",) if key in arguments}
+
+        def further(kind: str, what: str, **given: Any) -> Config:
+            return serialised("layers", kind, {"name": modern_name(f"{name}.{what}"), **common, **given})
+
+        if kind == "Activation" and arguments.get("activation") == "hard_sigmoid":
+            return [further("Rescaling", "steeper", scale=STEEPNESS, offset=0.0), layer]
+        common |= {"data_format": arguments.get("data_format", "channels_last")}
+        if kind == "SeparableConv1D" and arguments.get("padding") == "causal":
+            (size,), (dilation,) = _sizes(arguments["kernel_size"]), _sizes(arguments.get("dilation_rate", 1))
+            padding = further("ZeroPadding1D", "causal", padding=[(size - 1) * dilation, 0])
+            return [padding, serialised("layers", kind, {**arguments, "padding": "valid"})]
+        if kind == "UpSampling2D" and arguments.get("interpolation") == "bilinear" and self.old_bilinear:
+            self.notices.append(f"{name}: upsamples as TensorFlow 1 did, from other points than the layer of today")
+            found: list[Config] = []
+            rest = _pair(arguments["size"])
+            while rest != [1, 1]:
+                now = [min(2, size) for size in rest]
+                rest = [size // step for size, step in zip(rest, now, strict=True)]
+                found += [
+                    further("UpSampling2D", f"repeated.{len(found)}", size=now, interpolation="nearest"),
+                    further("AveragePooling2D", f"mean.{len(found)}", pool_size=now, strides=1, padding="same"),
+                ]
+            found = found or [further("UpSampling2D", "repeated", size=rest, interpolation="nearest")]
+            found[-1]["config"]["name"] = modern_name(name)
+            return found
+        return [layer]
 
     def refuse_ragged(self, name: str | None, config: Mapping[str, Any]) -> None:
         if config.get("ragged"):
@@ -382,9 +424,9 @@ class _Translation:
             self.notices.append("a slash in the name of a layer became an underscore: Keras 3 forbids it")
         if kind in self.given:
             return {"module": None, "class_name": kind, "config": dict(config), "registered_name": kind}
-        if kind == PRUNED:
+        if kind in STRIPPED:
             inner = config["layer"]
-            self.notices.append(f"{name}: the pruning wrapper is stripped, its mask applied")
+            self.notices.append(f"{name}: {STRIPPED[kind]}")
             return self.layer(inner["class_name"], {**inner["config"], "name": name}, name, wrapped=wrapped)
         label = f"{self.what}: layer {printable(str(name))} ({printable(kind)})"
         if kind in CODE_CLASSES:  # for the scan to judge
@@ -461,9 +503,15 @@ class _Translation:
         if interpolation in UNKNOWN_INTERPOLATIONS:
             raise UnsupportedModelError(f"{label} uses {interpolation} interpolation, for which Keras 3 has nothing")
         if kind == "UpSampling2D" and interpolation == "bilinear" and self.old_bilinear:
+            doubles = all(size > 0 and size & (size - 1) == 0 for size in _pair(arguments["size"]))
+            if wrapped or not doubles or self.theano:
+                raise UnsupportedModelError(
+                    f"{label} was saved by a Keras beside TensorFlow 1, whose bilinear upsampling takes other points "
+                    "than any layer of today; but for factors of 2, 4, 8, ... build the model with another upsampling"
+                )
+        if kind == "SeparableConv1D" and arguments.get("padding") == "causal" and wrapped:
             raise UnsupportedModelError(
-                f"{label} was saved by a Keras beside TensorFlow 1, whose bilinear upsampling takes other points than "
-                "any layer of today; build the model with another upsampling"
+                f"{label} pads causally inside another layer, which Keras 3's does not; build the model with Conv1D"
             )
         if kind == "BatchNormalization" and isinstance(arguments.get("axis"), (list, tuple)):
             if len(arguments["axis"]) != 1:
@@ -532,6 +580,19 @@ def _pads_alike(arguments: Mapping[str, Any]) -> bool:
 
 def _sizes(value: Any) -> list[int]:
     return list(value) if isinstance(value, (list, tuple)) else [int(value)]
+
+
+def _pair(value: Any) -> list[int]:
+    """Sizes along two axes, of which one stands for both."""
+    return list(value) if isinstance(value, (list, tuple)) else [int(value)] * 2
+
+
+def _classes(value: Any) -> Iterator[str]:
+    """The classes that a description names, at any depth."""
+    if isinstance(value, Mapping):
+        yield from (value[key] for key in ("class_name",) if isinstance(value.get(key), str))
+    for inner in value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ():
+        yield from _classes(inner)
 
 
 def _plain_dtype(dtype: Any) -> str | None:

@@ -15,6 +15,7 @@ Limits: none on sizes; a description that refers to what is not there is damaged
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ import keras
 from keras import tree
 
 from deploykit.errors import LoadError, UnsupportedModelError
+from deploykit.graph import inner_layers
 from deploykit.load.contents import printable
 from deploykit.load.legacy import operations
 from deploykit.load.legacy.config import CONSTANT, is_reference, modern_name, references, version
@@ -34,10 +36,11 @@ RECURRENT = (L.RNN, L.Bidirectional)
 
 _BN = L.BatchNormalization
 _ELEMENTWISE = (L.Multiply, L.Minimum, L.Maximum)  # they put other values in the place of what is masked now
-_MERGE = (L.Add, L.Subtract, L.Average, L.Concatenate, L.Dot)
-_TOOK = (L.Identity, L.Rescaling, L.Normalization, L.TimeDistributed)  # masks; now they hand them on, or others
+_MERGE = (L.Add, L.Subtract, L.Average, L.Concatenate, *_ELEMENTWISE)
+_TOOK = (L.Identity, L.Rescaling, L.Normalization)  # masks, which they hand on now
+_AT_RANDOM = ("keras.src.layers.regularization.", "keras.src.layers.preprocessing.")
 _MASK_READERS = (
-    *(L.RNN, L.Bidirectional, L.TimeDistributed, L.GlobalAveragePooling1D, L.Softmax, *_ELEMENTWISE),
+    *(L.RNN, L.Bidirectional, L.TimeDistributed, L.GlobalAveragePooling1D, L.Softmax),
     *(L.MultiHeadAttention, L.Attention, L.AdditiveAttention),
 )
 
@@ -48,7 +51,9 @@ def _is_keras(layer: Any) -> bool:
 
 def _random(layer: Any) -> bool:
     """Whether a layer does something at random in training."""
-    return type(layer).__module__.startswith("keras.src.layers.regularization.") and hasattr(layer, "seed_generator")
+    return type(layer).__module__.startswith(_AT_RANDOM) and (
+        hasattr(layer, "seed_generator") or hasattr(layer, "generator")
+    )
 
 
 def build(
@@ -79,9 +84,10 @@ def freeze(made: keras.Model, model: Mapping[str, Any]) -> None:
 class _Builder:
     def __init__(self, objects: Mapping[str, Any], what: str, safe_mode: bool, saved_by: tuple[int, ...]) -> None:
         self.saved_by = saved_by
-        self.doubtful: dict[int, str] = {}  # tensors whose mask is another than it was -> the layer that makes it so
+        self.doubtful: dict[int, str] = {}  # tensors that had a mask which they have not now -> the layer that made it
         self.named: set[int] = set()  # operations that make masks
-        self.merged: dict[int, int] = {}  # masks that a merge made of several times the same one -> that one
+        self.copies: dict[int, tuple[Any, Any]] = {}  # tensors with masks, and the same without
+        self.untrained: dict[int, Any] = {}  # layers of which training cannot be seen; alive, or ids are used again
         self.objects = dict(objects)
         self.what = what
         self.safe_mode = safe_mode
@@ -152,7 +158,10 @@ class _Builder:
         )
 
     def made(self, entry: Mapping[str, Any]) -> Any:
-        return self.model(entry["nested"]) if "nested" in entry else self.layer(entry["layer"])
+        made = self.model(entry["nested"]) if "nested" in entry else self.layer(entry["layer"])
+        if entry.get("untrained"):
+            self.untrained[id(made)] = made
+        return made
 
     def layer(self, serialised: Mapping[str, Any]) -> Any:
         config = {key: self.part(value) for key, value in serialised["config"].items()}
@@ -195,6 +204,9 @@ class _Builder:
                 if value not in idle and not (key in ("training", "mask") and value in (None, False))
             }
             self.refuse_masks(layer, first)
+            inputs = tree.flatten(first)
+            if self.sees_no_mask(layer):
+                first, further = tree.map_structure(self.unmasked, (first, further))
             if isinstance(layer, RECURRENT) and isinstance(first, list):
                 first, *states = first
                 further["initial_state"] = states
@@ -205,7 +217,7 @@ class _Builder:
                 raise self.damaged(
                     f"Keras cannot call layer {printable(entry['name'])} as it was called ({said})"
                 ) from error
-            self.doubt(layer, first, outputs)
+            self.doubt(layer, inputs, outputs)
             self.name_masks(layer, outputs)
             return outputs
 
@@ -213,7 +225,7 @@ class _Builder:
 
     def name_masks(self, layer: Any, outputs: list[Any]) -> None:
         """Operations that make a mask get names of their own: automatic ones collide with names in the file."""
-        waiting = [x._keras_mask for x in outputs if getattr(x, "_keras_mask", None) is not None]
+        waiting = [mask for mask in map(_mask, outputs) if mask is not None]
         while waiting:
             history = waiting.pop()._keras_history
             made = history.operation
@@ -227,19 +239,39 @@ class _Builder:
 
     def refuse_training(self, layer: Any, training: Any) -> None:
         parts = [layer, *layer._flatten_layers(include_self=False)]
-        if training is True and any(_random(p) or (isinstance(p, _BN) and p.trainable) for p in parts):
+        told = any(_random(p) or id(p) in self.untrained or (isinstance(p, _BN) and p.trainable) for p in parts)
+        if training is True and told:
             raise UnsupportedModelError(
                 f"{self.what}: layer {printable(layer.name)} is called with training=True, also at inference, which "
                 "Keras 3 does not keep; call it without"
             )
 
+    def sees_no_mask(self, layer: Any) -> bool:
+        """Whether a layer took no notice of masks where the model was saved, and does now."""
+        old_attention = isinstance(layer, L.MultiHeadAttention) and (0,) < self.saved_by[:2] < (2, 10)
+        return isinstance(layer, (*_ELEMENTWISE, *_TOOK)) or old_attention
+
+    def unmasked(self, value: Any) -> Any:
+        """A tensor without its mask: what is no layer hands none on, also where the model is called again."""
+        if _mask(value) is None:
+            return value
+        if id(value) not in self.copies:
+            copy = keras.ops.copy(value)
+            copy._keras_history.operation.name = f"unmasked.{len(self.copies) + 1}"
+            self.copies[id(value)] = value, copy
+        return self.copies[id(value)][1]
+
     def refuse_masks(self, layer: Any, first: Any) -> None:
         """Raise where a mask decides what a layer answers, and is another in Keras 3 than it was."""
-        masked = [x for x in tree.flatten(first) if getattr(x, "_keras_mask", None) is not None]
-        old_attention = isinstance(layer, keras.layers.MultiHeadAttention) and self.saved_by[:2] < (2, 10)
-        if masked and (isinstance(layer, _ELEMENTWISE) or old_attention):
-            raise self.other_mask(layer, layer.name)
-        origin = next((self.doubtful[id(x)] for x in tree.flatten(first) if id(x) in self.doubtful), None)
+        inputs = tree.flatten(first)
+        origin = next((self.doubtful[id(x)] for x in inputs if id(x) in self.doubtful), None)
+        if any(_mask(x) is not None for x in inputs):
+            stepwise = isinstance(layer, L.TimeDistributed) and (
+                inputs[0].shape[0] is not None  # what was masked could get the answer of the step before
+                or any(isinstance(part, _MASK_READERS) for part in inner_layers(layer))
+            )
+            if stepwise or (isinstance(layer, L.MultiHeadAttention) and not self.saved_by):
+                raise self.other_mask(layer, layer.name)
         if origin is not None and (isinstance(layer, _MASK_READERS) or not _is_keras(layer)):
             raise self.other_mask(layer, origin)
 
@@ -249,24 +281,35 @@ class _Builder:
             "hands on otherwise in Keras 3 than where the model was saved; build it without the mask there"
         )
 
-    def doubt(self, layer: Any, first: Any, outputs: list[Any]) -> None:
-        """Remember tensors whose mask is not the one that older generations had.
+    def doubt(self, layer: Any, inputs: list[Any], outputs: list[Any]) -> None:
+        """Give outputs the mask that older generations gave them, and remember those for which that is not known.
 
-        Merges made one mask of all (only steps that no mask hides), Keras 3 makes one that any allows, or none; some
-        layers took masks away that they hand on now; TimeDistributed had masks of its own.
+        A merge let pass what no mask of its inputs hides; Keras 3 lets pass what any of them does, or has no mask where
+        an input has none. Where it concatenates steps that is the same.
         """
-        inputs = tree.flatten(first)
-        found = [id(getattr(x, "_keras_mask", None)) for x in inputs]
-        masks = {self.merged.get(mask, mask) for mask in found}
-        masked = any(getattr(x, "_keras_mask", None) is not None for x in inputs)
+        masks = {id(mask): mask for mask in map(_mask, inputs) if mask is not None}
+        if masks and isinstance(layer, _MERGE):
+            steps = isinstance(layer, L.Concatenate) and layer.axis % len(inputs[0].shape) == 1
+            if not steps:
+                outputs[0]._keras_mask = functools.reduce(keras.ops.logical_and, masks.values())
         origin = next((self.doubtful[id(x)] for x in inputs if id(x) in self.doubtful), None)
-        makes = isinstance(layer, keras.layers.TimeDistributed) and getattr(layer.layer, "mask_zero", False)
-        if (masked and isinstance(layer, _MERGE) and len(masks) > 1) or (masked and isinstance(layer, _TOOK)) or makes:
+        if isinstance(layer, L.TimeDistributed) and _makes_masks(layer.layer):
             origin = layer.name
-        if isinstance(layer, _MERGE) and masked and len(masks) == 1:
-            self.merged.update(dict.fromkeys((id(getattr(x, "_keras_mask", None)) for x in outputs), masks.pop()))
         if origin is not None:
             self.doubtful.update((id(output), origin) for output in outputs)
+
+
+def _mask(tensor: Any) -> Any:
+    return getattr(tensor, "_keras_mask", None)
+
+
+def _makes_masks(layer: Any) -> bool:
+    """Whether a layer makes masks of what it is given, which TimeDistributed handed on once."""
+    if isinstance(layer, keras.Model):
+        return any(_mask(output) is not None for output in layer.outputs)
+    if isinstance(layer, L.TimeDistributed):
+        return _makes_masks(layer.layer)
+    return isinstance(layer, L.Masking) or bool(getattr(layer, "mask_zero", False))
 
 
 class _Graph:

@@ -10,6 +10,7 @@ What was laid out otherwise is changed by law, per class:
                            biases: an LSTM adds them, a GRU with reset_after keeps both
     Theano                 convolves where others correlate: kernels are rotated by 180 degrees
     pruned layers          kernel·mask is what the layer applied
+    spectral normalization its estimate of the norm is left out: the kernel is stored as it is applied
     hard_sigmoid           the factor 1.2 of `config.STEEPER`, gate by gate
 
 Order and layout are checked, not assumed: every array has the shape of its weight, its recorded name is of the same
@@ -32,7 +33,7 @@ import numpy.typing as npt
 from deploykit.errors import LoadError, UnsupportedModelError
 from deploykit.load.contents import printable, text_of
 from deploykit.load.legacy import keras1
-from deploykit.load.legacy.config import MODELS, PRUNED, STEEPER, modern_name, unused
+from deploykit.load.legacy.config import MODELS, PRUNED, SPECTRAL, STEEPER, modern_name, unused
 
 L = keras.layers
 Array = npt.NDArray[Any]
@@ -48,6 +49,7 @@ ALIASES = {  # kinds of weights under their old names
 }
 EXCESS, EXCESS_FLOOR = 4, 1 << 24  # masks of pruned layers, layers on which no output depends
 PRUNING = ("mask", "threshold", "pruning_step")
+ESTIMATE = "vector_u"  # of the largest singular value, from which spectral normalization goes on in training
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,7 @@ class Filler:
         """All weights of a layer of the model, in the order of `in_order`."""
         pairs = in_order(layer)
         try:
-            stored = _unpruned(stored) if pruned else stored
+            stored = _unpruned(stored) if pruned else [array for array in stored if array.kind != ESTIMATE]
         except ValueError as error:
             raise self.misfit(layer, str(error)) from error
         if len(pairs) != len(stored):
@@ -348,6 +350,8 @@ def _archived(group: Any, layer: Any, entry: Entry) -> Archived:
     elif kind == PRUNED:
         for leaf, arrays, _ in _archived(_inside(group, "layer"), layer, config["layer"]):
             yield leaf, [*arrays, *_variables(group)], True
+    elif kind == SPECTRAL:  # its own variables are the kernel once more and the estimate
+        yield from _archived(_inside(group, "layer"), layer, config["layer"])
     elif kind in INSIDE:
         for name, inner in INSIDE[kind](config).items():
             yield from _archived(_inside(group, name), getattr(layer, name), inner)
