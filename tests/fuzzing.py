@@ -222,6 +222,7 @@ def write_seeds(folder: Path) -> None:
         old.save(folder / f"{name}_old.h5")
         old.save(folder / f"{name}_old_folder", save_format="tf", save_traces=False)
         old.save_weights(folder / f"{name}_old_weights.h5")
+        new.export(str(folder / f"{name}_graph"), verbose=False)
         (folder / f"{name}_old.json").write_text(old.to_json())
 
 
@@ -242,6 +243,7 @@ KINDS = {
     "old keras": Kind("{}_old.keras"),
     "old hdf5": Kind("{}_old.h5"),
     "old folder": Kind("{}_old_folder"),
+    "graph": Kind("{}_graph"),
     "old json": Kind("{}_old.json", weights="{}_old_weights.h5"),
     "old weights": Kind("{}_old_weights.h5", model="{}_old.json"),
     "old whole as weights": Kind("{}_old.keras", model="{}_old.json"),
@@ -625,12 +627,73 @@ def _reindexed(rng: Random, folder: Path) -> None:
     savedmodel_files.reindex(folder, change)
 
 
+def _rewired(rng: Random, folder: Path) -> None:
+    """One node of the graph, or of its functions, is another operation, reads another tensor, or lies about itself."""
+    import savedgraph_files
+
+    sizes, numbers = (0, 1, 3, -1, -5, 2**20, 2**31, 2**62), (0, 1, 2, 3, 7, 19, 20, 99)
+    operations = (
+        "Relu",
+        "MatMul",
+        "Reshape",
+        "Fill",
+        "While",
+        "StatefulPartitionedCall",
+        "ReadFile",
+        "Const",
+        "",
+        "Range",
+    )
+
+    def change(meta: Any) -> None:
+        functions = list(meta.graph_def.library.function)
+        body = rng.choice([meta.graph_def.node, *(function.node_def for function in functions if function.node_def)])
+        node = rng.choice(list(body))
+        what = rng.choice(("op", "input", "drop", "repeat", "attribute", "attribute", "attribute", "lose", "signature"))
+        if what == "op":
+            node.op = rng.choice((*operations, rng.choice(list(body)).op, *(f.signature.name for f in functions)))
+        elif what == "input" and node.input:
+            node.input[rng.randrange(len(node.input))] = rng.choice(
+                (rng.choice(list(body)).name, "", "^x", "a:b:c", ":9")
+            )
+        elif what == "drop":
+            body.remove(node)
+        elif what == "repeat":
+            body.add().CopyFrom(node)
+        elif what == "lose" and functions:
+            meta.graph_def.library.function.remove(rng.choice(functions))
+        elif what == "signature":
+            info = rng.choice(list(rng.choice(list(meta.signature_def.values())).inputs.values()) or [None])
+            if info is not None:
+                info.tensor_shape.dim.add(size=rng.choice(sizes))
+                info.dtype = rng.choice(numbers)
+        elif node.attr:
+            attribute = node.attr[rng.choice(sorted(node.attr))]
+            kind = attribute.WhichOneof("value")
+            if kind == "type":
+                attribute.type = rng.choice(numbers)
+            elif kind == "i":
+                attribute.i = rng.choice(sizes)
+            elif kind == "func" and functions:
+                attribute.func.name = rng.choice((rng.choice(functions).signature.name, "nowhere", "AddV2"))
+            elif kind == "tensor":
+                attribute.tensor.tensor_shape.dim.add(size=rng.choice(sizes))
+            elif kind == "shape":
+                attribute.shape.dim.add(size=rng.choice(sizes))
+            else:
+                attribute.Clear()
+
+    savedgraph_files.rewritten(folder, change)
+
+
 def mutate_folder(rng: Random, folder: Path) -> None:
     metadata = folder / "keras_metadata.pb"
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     edit = rng.choice(("described", "described", "described", "grown", "indexed", "bytes", "bytes", "drop", "swap"))
     if edit == "described" and metadata.exists():
         metadata.write_bytes(_described(rng, metadata.read_bytes()))
+    elif edit == "described":  # there is nothing but the graph
+        _rewired(rng, folder)
     elif edit == "grown":
         _regrown(rng, folder)
     elif edit == "indexed":

@@ -331,7 +331,7 @@ CODE: dict[str, tuple[Edit, type[DeploykitError], str]] = {
         "Lambda",
     ),
     "pruned": (_wrapped("PruneLowMagnitude"), UnsafeModelError, "Lambda"),
-    "in SpectralNormalization": (_wrapped("SpectralNormalization"), UnsupportedModelError, "not translated"),
+    "in SpectralNormalization": (_wrapped("SpectralNormalization"), UnsafeModelError, "Lambda"),
     "in a nested model": (_nested, UnsafeModelError, "Lambda"),
     "as an activation": (_argument("activation", lambda p: p.lambda_layer), UnsafeModelError, "Lambda"),
     # names of functions
