@@ -208,7 +208,11 @@ class OutputComparison:
     ``samples`` were there, ``excluded`` of them not judged; ``worst_index`` counts within the sample and is the
     element furthest beyond (or nearest to) what is allowed. ``noise_ratio`` is the candidate's L2 error over the
     original's, ``spread`` the standard deviation between samples over the rms: below 1e-6 the output is
-    ``insensitive``, no evidence. ``yardstick`` says what it was measured by.
+    ``insensitive``, no evidence. ``yardstick`` says what it was measured by. ``top5_agreement`` is the share of
+    samples whose five largest classes are (a choice of) the reference's. ``ulp`` has percentiles of |c − r| in
+    units in the last place of r, each at most 1.19 times the exact one, and how many values lie up to each power
+    of two. ``kl`` has the mean and the largest Kullback-Leibler divergence Σ r·ln(r/c) − r + c, in nats, where an
+    output is a distribution along its last axis.
     """
 
     name: str
@@ -225,6 +229,9 @@ class OutputComparison:
     max_rel: float | None = None
     cosine: float | None = None
     top1_agreement: float | None = None
+    top5_agreement: float | None = None
+    kl: dict[str, float | None] | None = None
+    ulp: dict[str, Any] | None = None
     smallest_rtol: float | None = None
     smallest_atol: float | None = None
     worst_sample: int | None = None
@@ -251,26 +258,9 @@ def judge(
 
     Never raises for what the candidate holds; a noise record that does not fit the reference is refused.
     """
-    r, c = np.asarray(reference), np.asarray(candidate)
-    wanted, kind = np.dtype(r.dtype if dtype is None else dtype), _kind(r.dtype)
-    samples = 1 if r.ndim == 0 else int(r.shape[0])
-    fail = OutputComparison(name, False, samples=samples)
-    if c.shape != r.shape:
-        return dataclasses.replace(fail, reason=f"shape {list(c.shape)} instead of {list(r.shape)}")
-    if _dtype_name(c.dtype) != _dtype_name(wanted):
-        return dataclasses.replace(fail, reason=f"dtype {_dtype_name(c.dtype)} instead of {_dtype_name(wanted)}")
-    if r.size == 0:
-        return dataclasses.replace(fail, reason=f"nothing to compare: the output is empty, shape {list(r.shape)}")
-    if kind is None or _kind(c.dtype) != kind:
-        return dataclasses.replace(
-            fail, reason=f"{_dtype_name(c.dtype)} cannot be judged against {_dtype_name(r.dtype)}"
-        )
-    if noise is not None and (len(noise.l2) != samples or len(noise.max_abs) != samples):
-        raise RefusedError(
-            f"output {name}: the noise record has {len(noise.l2)} samples, the data {samples}; measure again"
-        )
-    with np.errstate(all="ignore"):  # overflow and 0/0 are looked for and become None
-        return (_judge_values if kind == "value" else _judge_exact)(fail, r, c, policy, noise)
+    case = _Case(name, policy)
+    case.add(np.asarray(reference), np.asarray(candidate), noise, dtype)
+    return case.conclude()
 
 
 def judge_outputs(
@@ -284,37 +274,113 @@ def judge_outputs(
 
     ``noises`` None means that no original exists; given, it must cover every output.
     """
-    found = []
-    names, theirs = list(reference), list(candidate)
-    moved = sorted(names) == sorted(theirs) and names != theirs
-    for position, name in enumerate(names):
-        if name not in candidate:
-            reason: str | None = "missing from the candidate"
-        elif moved and theirs[position] != name:
-            reason = f"moved from position {position} to {theirs.index(name)}"
-        elif noises is not None and name not in noises:
-            reason = "the original's own answer is missing, so there is no yardstick"
-        else:
-            reason = None
-        found.append(
-            OutputComparison(name, False, reason)
-            if reason
-            else judge(
-                name,
-                reference[name],
-                candidate[name],
-                policy,
-                None if noises is None else noises[name],
-                None if dtypes is None else dtypes.get(name),
-            )
-        )
-    found += [OutputComparison(name, False, "not an output of the reference") for name in theirs if name not in names]
-    return tuple(found) or (OutputComparison("", False, "nothing was compared: there are no outputs"),)
+    court = Judge(policy)
+    court.add(reference, candidate, noises, dtypes)
+    return court.conclude()
+
+
+class Judge:
+    """All outputs of a candidate, batch after batch: `judge_outputs` for more samples than memory holds.
+
+    What the laws need is a few numbers for each sample; the arrays themselves are let go.
+    """
+
+    def __init__(self, policy: Policy | Tolerance) -> None:
+        self.policy = policy
+        self._cases: dict[str, _Case] = {}
+        self._strangers: list[str] = []
+
+    def add(
+        self,
+        reference: Mapping[str, Array],
+        candidate: Mapping[str, Array],
+        noises: Mapping[str, Noise] | None = None,
+        dtypes: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Take in a batch: the next samples of every output. The arguments are those of `judge_outputs`."""
+        names, theirs = list(reference), list(candidate)
+        moved = sorted(names) == sorted(theirs) and names != theirs
+        for position, name in enumerate(names):
+            case = self._cases.setdefault(name, _Case(name, self.policy))
+            if name not in candidate:
+                case.fail("missing from the candidate")
+            elif moved and theirs[position] != name:
+                case.fail(f"moved from position {position} to {theirs.index(name)}")
+            elif noises is not None and name not in noises:
+                case.fail("the original's own answer is missing, so there is no yardstick")
+            else:
+                case.add(
+                    np.asarray(reference[name]),
+                    np.asarray(candidate[name]),
+                    None if noises is None else noises[name],
+                    None if dtypes is None else dtypes.get(name),
+                )
+        known = (*names, *self._strangers)
+        self._strangers += [name for name in theirs if name not in known]
+
+    def conclude(self) -> tuple[OutputComparison, ...]:
+        found = [case.conclude() for case in self._cases.values()]
+        found += [OutputComparison(name, False, "not an output of the reference") for name in self._strangers]
+        return tuple(found) or (OutputComparison("", False, "nothing was compared: there are no outputs"),)
 
 
 def all_passed(comparisons: Sequence[OutputComparison]) -> bool:
     """Every output passed, and there was at least one."""
     return len(comparisons) > 0 and all(comparison.passed for comparison in comparisons)
+
+
+class _Case:
+    """One output: what its batches were found to be, and the verdict on all of them."""
+
+    def __init__(self, name: str, policy: Policy | Tolerance) -> None:
+        self.name, self.policy = name, policy
+        self.samples = 0
+        self.reason: str | None = None
+        self.tallies: list[_Tally] = []
+
+    def fail(self, reason: str) -> None:
+        self.reason = self.reason or reason
+
+    def add(self, r: Array, c: Array, noise: Noise | None, dtype: Any) -> None:
+        samples = 1 if r.ndim == 0 else int(r.shape[0])
+        self.samples += samples
+        unlike = _unlike(r, c, np.dtype(r.dtype if dtype is None else dtype))
+        if unlike is not None:
+            self.fail(unlike)
+            return
+        if noise is not None and (len(noise.l2) != samples or len(noise.max_abs) != samples):
+            raise RefusedError(
+                f"output {self.name}: the noise record has {len(noise.l2)} samples, the data {samples}; measure again"
+            )
+        with np.errstate(all="ignore"):  # overflow and 0/0 are looked for and become None
+            tally = _tally_values if _kind(r.dtype) == "value" else _tally_exact
+            self.tallies.append(tally(r, c, self.policy, noise))
+
+    def conclude(self) -> OutputComparison:
+        found = OutputComparison(self.name, False, self.reason, samples=self.samples)
+        if self.reason is not None:
+            return found
+        if not self.tallies:
+            return dataclasses.replace(found, reason="nothing was compared: there are no samples")
+        kinds = {(tally.kind, tally.shape) for tally in self.tallies}
+        if len({kind for kind, _ in kinds}) > 1 or len({yard.stated for yard in self.tallies}) > 1:
+            raise RefusedError(f"output {self.name}: its batches are of different kinds; measure again")
+        tally = _joined(self.tallies)
+        with np.errstate(all="ignore"):
+            return (_conclude_values if tally.kind == "value" else _conclude_exact)(found, tally, self.policy)
+
+
+def _unlike(r: Array, c: Array, wanted: Any) -> str | None:
+    """Why two arrays cannot be compared, or None."""
+    if c.shape != r.shape:
+        return f"shape {list(c.shape)} instead of {list(r.shape)}"
+    if _dtype_name(c.dtype) != _dtype_name(wanted):
+        return f"dtype {_dtype_name(c.dtype)} instead of {_dtype_name(wanted)}"
+    if r.size == 0:
+        return f"nothing to compare: the output is empty, shape {list(r.shape)}"
+    if _kind(r.dtype) is None or _kind(c.dtype) != _kind(r.dtype):
+        return f"{_dtype_name(c.dtype)} cannot be judged against {_dtype_name(r.dtype)}"
+    return None
 
 
 _KINDS = {"f": "value", "b": "exact", "i": "exact", "u": "exact", "O": "exact", "U": "exact", "S": "exact"}
@@ -410,42 +476,151 @@ def _comparable(x: Array) -> Array:
     return x.astype(object) if x.dtype.kind == "U" else x
 
 
-def _place(flat: int, r: Array, width: int) -> tuple[int, tuple[int, ...]]:
-    """Sample and index within it of a position in the flattened output."""
-    sample, inner = divmod(flat, width)
-    return sample, tuple(int(i) for i in np.unravel_index(inner, r.shape[1:])) if r.ndim > 1 else ()
+def _unravelled(flat: int, shape: Sequence[int]) -> tuple[int, ...]:
+    """The index within a sample of a position in the flattened sample."""
+    return tuple(int(i) for i in np.unravel_index(flat, tuple(shape))) if len(shape) else ()
 
 
-def _spread(rows: Floats) -> tuple[float | None, bool]:
+_TINY = float(np.finfo(np.float64).tiny)
+
+
+@dataclass(frozen=True)
+class _Tally:
+    """What the laws need of a batch of one output, and nothing that grows with the size of a sample but ``moments``.
+
+    ``columns``: vectors over samples. ``moments``: of each feature over the samples (see `_moments`). ``ulps``: how
+    many values lie in each class of `_ULP_EDGES`. ``shape``: of one sample. ``stated``: there was an original to
+    measure noise by.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    columns: dict[str, Array]
+    moments: tuple[float, int, Floats, Floats, NDArray[np.bool_]] | None
+    ulps: NDArray[np.int64]
+    stated: bool
+
+
+# Upper edges of the classes in which distances in ulps are counted: 0, then four to an octave.
+_ULP_STEPS, _ULP_LOWEST = 4, -4
+_ULP_EDGES = np.concatenate([[0.0], 2.0 ** (np.arange(0, _ULP_STEPS * 140) / _ULP_STEPS + _ULP_LOWEST)])
+
+
+def _joined(tallies: Sequence[_Tally]) -> _Tally:
+    """Batches as one, in their order."""
+    first = tallies[0]
+    if len(tallies) == 1:
+        return first
+    moments = first.moments
+    for tally in tallies[1:]:
+        moments = _pooled_moments(moments, tally.moments)
+    columns = {name: np.concatenate([tally.columns[name] for tally in tallies]) for name in first.columns}
+    ulps = np.asarray(np.sum([tally.ulps for tally in tallies], axis=0))
+    return dataclasses.replace(first, columns=columns, moments=moments, ulps=ulps)
+
+
+def _moments(rows: Floats) -> tuple[float, int, Floats, Floats, NDArray[np.bool_]] | None:
+    """(scale, samples, mean, sum of squared deviations, finite) of each feature, values divided by ``scale``.
+
+    A scale, a power of two, keeps squares within the range; batches are pooled by Chan, Golub & LeVeque, *Updating
+    formulae and a pairwise algorithm for computing sample variances*, 1979.
+    """
+    if not len(rows):
+        return None
+    finite = np.asarray(np.isfinite(rows).all(axis=0))
+    values = np.where(finite, rows, 0.0)
+    scale = float(2.0 ** np.frexp(np.abs(values).max(initial=0.0))[1])
+    values = values / (scale if 0 < scale < math.inf else 1.0)
+    mean = values.mean(axis=0)
+    return scale, len(rows), mean, np.square(values - mean).sum(axis=0), finite
+
+
+def _pooled_moments(a: Any, b: Any) -> Any:
+    if a is None or b is None:
+        return b if a is None else a
+    if a[0] < b[0]:
+        a, b = b, a
+    shrink = b[0] / a[0]
+    n, m = a[1], b[1]
+    apart = b[2] * shrink - a[2]
+    squares = a[3] + b[3] * shrink * shrink + np.square(apart) * (n * m / (n + m))
+    return a[0], n + m, a[2] + apart * (m / (n + m)), squares, a[4] & b[4]
+
+
+def _spread(moments: Any) -> tuple[float | None, bool]:
     """Standard deviation between samples over the rms, and whether the output hardly varies."""
-    if len(rows) < 2:
+    if moments is None or moments[1] < 2 or not moments[4].any():
         return None, False
-    finite = rows[:, np.isfinite(rows).all(axis=0)]
-    if finite.size == 0:
-        return None, False
-    peak = float(np.abs(finite).max())
-    if peak == 0:
+    _, samples, mean, squares, finite = moments
+    deviation = float(squares[finite].sum())
+    total = deviation + samples * float(np.square(mean[finite]).sum())
+    if total == 0:
         return 0.0, True
-    scaled = finite / peak
-    spread = float(np.sqrt(np.mean(np.square(scaled - scaled.mean(axis=0)))) / np.sqrt(np.mean(np.square(scaled))))
+    spread = math.sqrt(deviation / total)
     return _number(spread), spread < 1e-6
 
 
-def _judge_exact(
-    found: OutputComparison, r: Array, c: Array, policy: Policy | Tolerance, noise: Noise | None
-) -> OutputComparison:
+def _ulps(error: Floats, r: Floats, mask: NDArray[np.bool_], dtype: Any) -> NDArray[np.int64]:
+    """Counts of |c − r| in units in the last place of r, by `_ULP_EDGES`."""
+    kind = np.dtype(dtype) if np.dtype(dtype).kind == "f" else np.dtype(np.float32)
+    unit = np.spacing(np.abs(r[mask]).astype(kind)).astype(np.float64)
+    distance = error[mask] / np.where(np.isfinite(unit) & (unit > 0), unit, np.inf)
+    places = np.searchsorted(_ULP_EDGES, distance, side="left")
+    return np.asarray(np.bincount(np.minimum(places, len(_ULP_EDGES) - 1), minlength=len(_ULP_EDGES)))
+
+
+def _ulp_summary(counts: NDArray[np.int64]) -> dict[str, Any] | None:
+    total = int(counts.sum())
+    if not total:
+        return None
+    reached = np.cumsum(counts)
+
+    def quantile(share: float) -> float:
+        return float(_ULP_EDGES[int(np.searchsorted(reached, math.ceil(share * total)))])
+
+    octaves = [[0.0, int(counts[0])]]
+    for start in range(1, len(counts), _ULP_STEPS):
+        stop = min(start + _ULP_STEPS, len(counts))
+        octaves.append([float(_ULP_EDGES[stop - 1]), int(counts[start:stop].sum())])
+    return {
+        **{f"p{share}": quantile(share / 100) for share in (50, 90, 99)},
+        "max": quantile(1.0),
+        "counts": [row for row in octaves if row[1]],
+    }
+
+
+def _tally_exact(r: Array, c: Array, policy: Policy | Tolerance, noise: Noise | None) -> _Tally:
     reference, candidate = _rows(_comparable(r)), _rows(_comparable(c))
     judged = np.array([True] * len(reference) if noise is None else [v is not None for v in noise.l2])
+    wrong = np.asarray(reference != candidate, dtype=bool) & judged[:, None]
+    numeric = r.dtype.kind in "biu"
+    largest = np.abs(_values(r) - _values(c)).max(axis=1) if numeric else wrong.any(axis=1) * math.nan
+    place = wrong.argmax(axis=1)
+    here = np.arange(len(place))
+    columns = {
+        "judged": judged,
+        "wrong": wrong.sum(axis=1),
+        "count": np.full(len(judged), wrong.shape[1]),
+        "largest": np.where(judged, largest, 0.0),
+        "place": place,
+        "c": np.array([f"{value!s:.60}" for value in candidate[here, place]], dtype=object),
+        "r": np.array([f"{value!s:.60}" for value in reference[here, place]], dtype=object),
+    }
+    moments = _moments(_values(r)[judged]) if numeric else None
+    return _Tally("exact", r.shape[1:], columns, moments, np.zeros(len(_ULP_EDGES), np.int64), noise is not None)
+
+
+def _conclude_exact(found: OutputComparison, tally: _Tally, policy: Policy | Tolerance) -> OutputComparison:
+    columns = tally.columns
+    judged, wrong = columns["judged"], columns["wrong"]
     found = dataclasses.replace(found, yardstick="equality", excluded=int((~judged).sum()), mismatches=0)
     if not judged.any():
         return dataclasses.replace(
             found, reason="nothing left to compare: the original itself differs from the reference in every sample"
         )
-    wrong = np.asarray(reference != candidate, dtype=bool) & judged[:, None]
     count = int(wrong.sum())
-    numeric = r.dtype.kind in "biu"
-    spread, insensitive = _spread(_values(r)[judged]) if numeric else (None, False)
-    largest = _number(np.abs(_values(r) - _values(c))[judged].max(initial=0.0)) if numeric else (None if count else 0.0)
+    spread, insensitive = _spread(tally.moments)
+    largest = _number(columns["largest"].max()) if tally.moments is not None else (None if count else 0.0)
     found = dataclasses.replace(
         found,
         passed=count == 0,
@@ -459,73 +634,118 @@ def _judge_exact(
     )
     if count == 0:
         return found
-    sample, index = _place(int(np.argmax(wrong)), r, reference.shape[1])
-    flat = np.flatnonzero(wrong)[0]
+    sample = int(np.argmax(wrong > 0))
+    index = _unravelled(int(columns["place"][sample]), tally.shape)
     return dataclasses.replace(
         found,
         worst_sample=sample,
         worst_index=index,
         reason=_one_line(
-            f"{count} of {int(judged.sum()) * reference.shape[1]} values differ (first: sample {sample} "
-            f"{list(index)}: candidate {candidate.flat[flat]!s:.60}, reference {reference.flat[flat]!s:.60})"
+            f"{count} of {int(columns['count'][judged].sum())} values differ (first: sample {sample} "
+            f"{list(index)}: candidate {columns['c'][sample]}, reference {columns['r'][sample]})"
         ),
     )
 
 
-def _judge_values(
-    found: OutputComparison, output: Array, candidate: Array, policy: Policy | Tolerance, noise: Noise | None
-) -> OutputComparison:
+def _tally_values(output: Array, candidate: Array, policy: Policy | Tolerance, noise: Noise | None) -> _Tally:
     r, c = _values(output), _values(candidate)
     judged = np.array([True] * len(r) if noise is None else [v is not None for v in noise.l2])
+    live = judged[:, None] & np.isfinite(r)
+    drift = (_pattern(r) != _pattern(c)) & judged[:, None]
+    both = live & np.isfinite(c)
+    error, size = np.where(both, np.abs(c - r), 0.0), np.where(live, np.abs(r), 0.0)
+    if isinstance(policy, Tolerance):
+        allowed = policy.atol + policy.rtol * size
+        excess = np.where(error > 0, error / np.where(allowed > 0, allowed, _TINY), 0.0)
+        wrong = (~(error <= allowed)).sum(axis=1)
+    else:
+        excess, wrong = error, np.zeros(len(r), np.int64)
+    place = np.where(drift.any(axis=1), drift.argmax(axis=1), excess.argmax(axis=1))
+    here = np.arange(len(r))
+    size_l2, other_l2 = _norms(size), _norms(np.where(both, c, 0.0))
+    counted = both & (r != 0)
+    relative = np.where(counted, error / np.where(counted, size, 1.0), 0.0).max(axis=1, initial=0.0)
+    columns = {
+        "judged": judged,
+        "live": live.any(axis=1),
+        "drift": drift.sum(axis=1),
+        "count": np.full(len(r), r.shape[1]),
+        "wrong": wrong,
+        "excess": excess.max(axis=1, initial=0.0),
+        "place": place,
+        "c": c[here, place],
+        "r": r[here, place],
+        "error_l2": _norms(error),
+        "error_max": error.max(axis=1, initial=0.0),
+        "size_l2": size_l2,
+        "size_max": size.max(axis=1, initial=0.0),
+        "other_l2": other_l2,
+        "cosine": (_unit_rows(np.where(both, c, 0.0)) * _unit_rows(np.where(both, r, 0.0))).sum(axis=1),
+        "both_l2": _norms(np.where(both, r, 0.0)),
+        "relative": np.where(counted.any(axis=1), relative, math.nan),
+        "rtol": _smallest_rtols(error, size),
+        "noise_l2": np.array([0.0] * len(r) if noise is None else [0.0 if v is None else v for v in noise.l2]),
+        "noise_max": np.array([0.0] * len(r) if noise is None else [0.0 if v is None else v for v in noise.max_abs]),
+        "kl": _divergences(r, c, judged, output.shape),
+        **_classes(r, c, judged, output.ndim),
+    }
+    ulps = _ulps(error, r, both, candidate.dtype)
+    return _Tally("value", output.shape[1:], columns, _moments(r[judged]), ulps, noise is not None)
+
+
+def _conclude_values(found: OutputComparison, tally: _Tally, policy: Policy | Tolerance) -> OutputComparison:
+    columns = tally.columns
+    judged = columns["judged"]
     found = dataclasses.replace(found, excluded=int((~judged).sum()))
     if not judged.any():
         return dataclasses.replace(
             found,
             reason="nothing left to compare: original and reference disagree about NaN or infinity in every sample",
         )
-    live = judged[:, None] & np.isfinite(r)
-    if not live.any():
+    if not columns["live"].any():
         return dataclasses.replace(found, reason="nothing left to compare: the reference holds no finite value")
-    drift = (_pattern(r) != _pattern(c)) & judged[:, None]
-    both = live & np.isfinite(c)
-    error, size = np.where(both, np.abs(c - r), 0.0), np.where(live, np.abs(r), 0.0)
-
-    rows = _Rows(error, size, judged, noise, policy)
-    failures, allowed = _tolerance_laws(rows, policy) if isinstance(policy, Tolerance) else _noise_laws(rows, policy)
-    excess = np.where(error > 0, error / np.where(allowed > 0, allowed, np.finfo(np.float64).tiny), 0.0)
-    top1, turned = _top1(r, c, judged, output.ndim)
-    if isinstance(policy, Policy) and turned is not None:
-        failures += _top1_law(r, c, turned, rows, policy)
-    if drift.any():
-        excess = drift * 1.0
-        failures = [f"NaN or infinity at {int(drift.sum())} places where the reference has none, or the reverse"]
-    flat = int(np.argmax(excess))
-    sample, index = _place(flat, output, r.shape[1])
-    total, signal = _norm(error), _norm(size)
-    exact = not drift.any() and not error.any()
-    spread, insensitive = _spread(r[judged])
-    yardstick_error = _norm(rows.noise_l2) if noise is not None else 0.0
-    largest = None if drift.any() else _number(error.max())
-    inner = float(np.sum(np.where(both, _unit(c, both) * _unit(r, both), 0.0)))
+    rows = _Rows(columns, policy, tally.stated)
+    drift = int(columns["drift"].sum())
+    if isinstance(policy, Tolerance):
+        failures, excess = _tolerance_law(columns, policy), columns["excess"]
+    else:
+        failures, allowed = _noise_laws(rows, policy)
+        excess = columns["error_max"] / np.where(allowed > 0, allowed, _TINY)
+        failures += _top1_law(rows, policy)
+    if drift:
+        excess = columns["drift"] > 0
+        failures = [f"NaN or infinity at {drift} places where the reference has none, or the reverse"]
+    sample = int(np.argmax(excess))
+    index = _unravelled(int(columns["place"][sample]), tally.shape)
+    total, signal = _norm(columns["error_l2"]), _norm(columns["size_l2"])
+    exact = not drift and not columns["error_max"].any()
+    spread, insensitive = _spread(tally.moments)
+    own = _norm(rows.noise_l2) if tally.stated else 0.0
+    largest = None if drift else _number(columns["error_max"].max())
+    relative = columns["relative"][~np.isnan(columns["relative"])]
+    usable, kl = columns["usable"], columns["kl"][judged]
     return dataclasses.replace(
         found,
         passed=not failures,
         reason=_one_line(
-            "; ".join(failures)
-            + f" (worst: sample {sample} {list(index)}: candidate {c.flat[flat]:.9g}, reference {r.flat[flat]:.9g})"
+            "; ".join(failures) + f" (worst: sample {sample} {list(index)}: candidate {columns['c'][sample]:.9g}, "
+            f"reference {columns['r'][sample]:.9g})"
         )
         if failures
         else None,
         yardstick=rows.yardstick,
         exact=exact,
-        snr_db=_decibels(signal, total) if not drift.any() else None,
-        reference_snr_db=_decibels(signal, yardstick_error),
-        noise_ratio=_number(total / yardstick_error) if yardstick_error > 0 and not drift.any() else None,
+        snr_db=None if drift else _decibels(signal, total),
+        reference_snr_db=_decibels(signal, own),
+        noise_ratio=_number(total / own) if own > 0 and not drift else None,
         max_abs=largest,
-        max_rel=_number(np.max(error[both & (r != 0)] / size[both & (r != 0)])) if (both & (r != 0)).any() else None,
-        cosine=_number(min(1.0, max(-1.0, inner))) if np.any(c[both]) and np.any(r[both]) else None,
-        top1_agreement=top1,
-        smallest_rtol=None if drift.any() else _smallest_rtol(error, size),
+        max_rel=_number(relative.max()) if relative.size else None,
+        cosine=_cosine(columns),
+        top1_agreement=float(1 - columns["turned"].sum() / usable.sum()) if usable.any() else None,
+        top5_agreement=float(columns["five"].sum() / usable.sum()) if usable.any() and columns["of"][0] > 5 else None,
+        kl=None if np.isnan(kl).any() else {"mean": _number(kl.mean()), "max": _number(kl.max())},
+        ulp=None if drift else _ulp_summary(tally.ulps),
+        smallest_rtol=None if drift else _number(columns["rtol"].max()),
         smallest_atol=largest,
         worst_sample=None if exact else sample,
         worst_index=None if exact else index,
@@ -534,49 +754,84 @@ def _judge_values(
     )
 
 
-def _unit(x: Floats, mask: NDArray[np.bool_]) -> Floats:
-    """The masked values as one vector of length 1 (or 0), without leaving the range."""
-    x = np.where(mask, x, 0.0)
-    peak = float(np.abs(x).max()) or 1.0
-    x = x / peak
-    return np.asarray(x / (math.sqrt(float(np.square(x).sum())) or 1.0))
+def _unit_rows(x: Floats) -> Floats:
+    """Each row as a vector of length 1 (or 0), without leaving the range."""
+    peak = np.abs(x).max(axis=1, initial=0.0)
+    x = x / np.where(peak > 0, peak, 1.0)[:, None]
+    length = np.sqrt(np.square(x).sum(axis=1))
+    return np.asarray(x / np.where(length > 0, length, 1.0)[:, None])
 
 
-def _smallest_rtol(error: Floats, size: Floats) -> float | None:
-    """The smallest rtol with which |c − r| ≤ rtol·|r| holds *as evaluated in float64*; None if no rtol does."""
+def _cosine(columns: Mapping[str, Array]) -> float | None:
+    """Of all samples as one vector: Σ cos(c_s, r_s)·‖c_s‖·‖r_s‖ / (‖c‖·‖r‖)."""
+    mine, theirs = columns["other_l2"], columns["both_l2"]
+    if not mine.any() or not theirs.any():
+        return None
+    inner = float(np.sum(columns["cosine"] * (mine / _norm(mine)) * (theirs / _norm(theirs))))
+    return _number(min(1.0, max(-1.0, inner)))
+
+
+def _smallest_rtols(error: Floats, size: Floats) -> Floats:
+    """For each sample the smallest rtol with which |c − r| ≤ rtol·|r| holds *as evaluated in float64*; or infinity."""
     wrong = error > 0
-    if not wrong.any():
-        return 0.0
-    rtol = float((error[wrong] / size[wrong]).max())  # infinite where a zero is missed: no rtol will do
+    quotient = error / np.where(size > 0, size, 1.0)
+    rtol = np.where(wrong, np.where(size > 0, quotient, math.inf), 0.0).max(axis=1, initial=0.0)
     for _ in range(4):  # the quotient may be rounded down, by one step
-        if math.isfinite(rtol) and (error > rtol * size).any():
-            rtol = float(np.nextafter(rtol, math.inf))
-    return _number(rtol)
+        short = np.isfinite(rtol) & (error > rtol[:, None] * size).any(axis=1)
+        rtol = np.where(short, np.nextafter(rtol, math.inf), rtol)
+    return np.asarray(rtol)
+
+
+def _divergences(r: Floats, c: Floats, judged: NDArray[np.bool_], shape: Sequence[int]) -> Floats:
+    """The largest divergence Σ r·ln(r/c) − r + c of each sample's distributions; NaN where they are none."""
+    nothing = np.full(len(r), math.nan)
+    if len(shape) < 2 or shape[-1] < 2:
+        return nothing
+    p, q = (x.reshape(len(x), -1, shape[-1]) for x in (r, c))
+    sums = np.abs(p.sum(axis=2) - 1.0).max(axis=1, initial=0.0)
+    proper = (p >= 0).all(axis=(1, 2)) & (sums < 1e-3) & np.isfinite(q).all(axis=(1, 2))
+    if not proper[judged].all():
+        return nothing
+    terms = np.where(p > 0, p * np.log(np.where(p > 0, p, 1.0) / np.where(q > 0, q, 0.0)), 0.0) - p + q
+    return np.asarray(np.where(proper, np.maximum(terms.sum(axis=2), 0.0).max(axis=1, initial=0.0), math.nan))
+
+
+def _classes(r: Floats, c: Floats, judged: NDArray[np.bool_], ndim: int) -> dict[str, Array]:
+    """Largest classes: whether a sample was looked at, turned to a class that is not the reference's largest, the
+    margin it would have had to cross, both classes, and whether its five largest are the reference's.
+    """
+    none = np.zeros(len(r), bool)
+    found: dict[str, Array] = dict.fromkeys(("usable", "turned", "five"), none)
+    found.update(margin=np.zeros(len(r)), mine=np.zeros(len(r), int), theirs=np.zeros(len(r), int))
+    found["of"] = np.full(len(r), r.shape[1] if ndim == 2 else 0)
+    if ndim != 2 or r.shape[1] < 2:
+        return found
+    usable = judged & np.isfinite(r).all(axis=1) & np.isfinite(c).all(axis=1)
+    x, y = np.where(usable[:, None], r, 0.0), np.where(usable[:, None], c, 0.0)
+    here = np.arange(len(r))
+    chosen = np.argmax(y, axis=1)
+    margin = x.max(axis=1) - x[here, chosen]
+    found.update(usable=usable, turned=usable & (margin > 0), margin=margin, mine=np.argmax(x, axis=1), theirs=chosen)
+    if r.shape[1] > 5:
+        fifth = np.partition(x, -5, axis=1)[:, -5]
+        best = np.argpartition(y, -5, axis=1)[:, -5:]
+        found["five"] = usable & (x[here[:, None], best] >= fifth[:, None]).all(axis=1)
+    return found
 
 
 class _Rows:
-    """Norms per judged sample: error, reference, yardstick and pooled yardstick, in L2 and in the maximum norm."""
+    """Norms per sample: error, reference, yardstick and pooled yardstick, in L2 and in the maximum norm."""
 
-    def __init__(
-        self,
-        error: Floats,
-        size: Floats,
-        judged: NDArray[np.bool_],
-        noise: Noise | None,
-        policy: Policy | Tolerance,
-    ) -> None:
-        self.error, self.size, self.judged = error, size, judged
-        self.error_l2, self.error_max = _norms(error), error.max(axis=1)
-        self.size_l2, self.size_max = _norms(size), size.max(axis=1)
-        if noise is not None:
+    def __init__(self, columns: Mapping[str, Array], policy: Policy | Tolerance, stated: bool) -> None:
+        self.columns, self.judged = columns, columns["judged"]
+        self.size_l2, self.size_max = columns["size_l2"], columns["size_max"]
+        if stated:
             self.yardstick = "the original's own error"
-            self.noise_l2, self.noise_max = (
-                np.array([0.0 if v is None else v for v in values]) for values in (noise.l2, noise.max_abs)
-            )
+            self.noise_l2, self.noise_max = columns["noise_l2"], columns["noise_max"]
         else:
             share = policy.default_noise if isinstance(policy, Policy) else 0.0
             self.yardstick = f"{share:.3g} of each sample, for want of an original"
-            self.noise_l2, self.noise_max = share * self.size_l2 * judged, share * self.size_max * judged
+            self.noise_l2, self.noise_max = share * self.size_l2 * self.judged, share * self.size_max * self.judged
         if isinstance(policy, Tolerance):
             self.yardstick = f"atol {policy.atol:g} + rtol {policy.rtol:g}"
 
@@ -589,9 +844,10 @@ class _Rows:
 
 
 def _noise_laws(rows: _Rows, policy: Policy) -> tuple[list[str], Floats]:
-    """What fails, and what the element law allows each sample, shape [samples, 1]."""
+    """What fails, and what the element law allows each sample."""
     failures = []
-    noise, signal, error = _norm(rows.noise_l2), _norm(rows.size_l2), _norm(rows.error_l2)
+    error_l2, error_max = rows.columns["error_l2"], rows.columns["error_max"]
+    noise, signal, error = _norm(rows.noise_l2), _norm(rows.size_l2), _norm(error_l2)
     if noise > policy.noise_limit * signal:
         failures.append(
             f"the original's own error is {noise:.3g} against a reference of {signal:.3g}: no yardstick, "
@@ -602,57 +858,43 @@ def _noise_laws(rows: _Rows, policy: Policy) -> tuple[list[str], Floats]:
         failures.append(f"whole output: L2 error {error:.3g}, allowed {whole:.3g} (the original's own {noise:.3g})")
     pool, scale = rows.pooled("l2")
     sample = policy.factor_sample * pool + policy.floor_l2 * scale
-    bad = ~(rows.error_l2 <= sample) & rows.judged
+    bad = ~(error_l2 <= sample) & rows.judged
     if bad.any():
-        s = int(np.argmax(np.where(bad, rows.error_l2 / np.maximum(sample, np.finfo(np.float64).tiny), 0.0)))
+        s = int(np.argmax(np.where(bad, error_l2 / np.maximum(sample, _TINY), 0.0)))
         failures.append(
-            f"sample {s} ({int(bad.sum())} of {int(rows.judged.sum())} fail): L2 error {rows.error_l2[s]:.3g}, "
+            f"sample {s} ({int(bad.sum())} of {int(rows.judged.sum())} fail): L2 error {error_l2[s]:.3g}, "
             f"allowed {sample[s]:.3g} (the original's own {rows.noise_l2[s]:.3g})"
         )
     pool, scale = rows.pooled("max")
     element = policy.factor_element * pool + policy.floor_max * scale
-    bad = ~(rows.error_max <= element) & rows.judged
+    bad = ~(error_max <= element) & rows.judged
     if bad.any():
-        s = int(np.argmax(np.where(bad, rows.error_max / np.maximum(element, np.finfo(np.float64).tiny), 0.0)))
+        s = int(np.argmax(np.where(bad, error_max / np.maximum(element, _TINY), 0.0)))
         failures.append(
-            f"worst element: error {rows.error_max[s]:.3g} in sample {s}, allowed {element[s]:.3g} "
+            f"worst element: error {error_max[s]:.3g} in sample {s}, allowed {element[s]:.3g} "
             f"(the original's own {rows.noise_max[s]:.3g})"
         )
-    return failures, element[:, None]
+    return failures, np.asarray(element)
 
 
-def _tolerance_laws(rows: _Rows, policy: Tolerance) -> tuple[list[str], Floats]:
-    allowed = policy.atol + policy.rtol * rows.size
-    bad = ~(rows.error <= allowed)
-    if not bad.any():
-        return [], allowed
-    return [f"{int(bad.sum())} of {bad.size} values beyond {policy.atol:g} + {policy.rtol:g}·|reference|"], allowed
+def _tolerance_law(columns: Mapping[str, Array], policy: Tolerance) -> list[str]:
+    wrong, count = int(columns["wrong"].sum()), int(columns["count"].sum())
+    return [f"{wrong} of {count} values beyond {policy.atol:g} + {policy.rtol:g}·|reference|"] if wrong else []
 
 
-def _top1(r: Floats, c: Floats, judged: NDArray[np.bool_], ndim: int) -> tuple[float | None, Array | None]:
-    """The share of samples whose largest class is (one of) the reference's largest, and which samples turned."""
-    usable = judged & np.isfinite(r).all(axis=1) & np.isfinite(c).all(axis=1)
-    if ndim != 2 or r.shape[1] < 2 or not usable.any():
-        return None, None
-    chosen = np.argmax(np.where(np.isfinite(c), c, -np.inf), axis=1)
-    turned = usable & (r[np.arange(len(r)), chosen] < np.where(usable[:, None], r, -np.inf).max(axis=1))
-    return float(1 - turned.sum() / usable.sum()), turned
-
-
-def _top1_law(r: Floats, c: Floats, turned: Array, rows: _Rows, policy: Policy) -> list[str]:
-    pool, scale = rows.pooled("max")
-    excused = 2 * (policy.factor_top1 * pool + policy.floor_max * scale)
+def _top1_law(rows: _Rows, policy: Policy) -> list[str]:
+    turned, margin = rows.columns["turned"], rows.columns["margin"]
     if not turned.any():
         return []
-    chosen = np.argmax(np.where(turned[:, None], c, 0.0), axis=1)
-    margin = np.where(turned, r.max(axis=1) - r[np.arange(len(r)), chosen], 0.0)
+    pool, scale = rows.pooled("max")
+    excused = 2 * (policy.factor_top1 * pool + policy.floor_max * scale)
     bad = turned & ~(margin <= excused)
     if not bad.any():
         return []
     s = int(np.argmax(np.where(bad, margin - excused, -np.inf)))
     return [
-        f"top-1 changed in {int(bad.sum())} samples; in sample {s} from class {int(np.argmax(r[s]))} to "
-        f"{int(chosen[s])}, a margin of {margin[s]:.3g} where rounding explains {excused[s]:.3g}"
+        f"top-1 changed in {int(bad.sum())} samples; in sample {s} from class {int(rows.columns['mine'][s])} to "
+        f"{int(rows.columns['theirs'][s])}, a margin of {margin[s]:.3g} where rounding explains {excused[s]:.3g}"
     ]
 
 

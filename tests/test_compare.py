@@ -380,6 +380,87 @@ def test_metrics_match_their_formulas():
     assert found.spread == pytest.approx(np.sqrt(r.var(axis=0).mean() / np.square(r).mean()))
 
 
+def test_ulps_are_counted_in_the_candidates_own_precision():
+    r = np.array([[1.0, 1.0, 3.0, 1.0, 1e-3, -2.0]])
+    steps = np.array([[0, 1, 3, 100, 0, 8]])
+    for dtype in (np.float32, np.float16):
+        right = r.astype(dtype)
+        c = (right.astype(float) + steps * np.spacing(np.abs(right)).astype(float)).astype(dtype)
+        found = compare("y", right.astype(float), right, c, F32).ulp
+        assert found["p50"] == pytest.approx(1, rel=0.2)
+        assert 100 <= found["max"] <= 119
+        assert sum(number for _, number in found["counts"]) == 6
+        assert found["counts"][0] == [0.0, 2]
+
+
+def test_the_divergence_is_of_distributions_alone():
+    rng = np.random.default_rng(0)
+    r = rng.dirichlet(np.ones(7), 9)
+    c = rng.dirichlet(np.ones(7), 9)
+    expected = (r * np.log(r / c)).sum(axis=1)
+    found = compare("y", r, r.astype(np.float32), c.astype(np.float32), F32).kl
+    assert found["mean"] == pytest.approx(expected.mean(), rel=1e-5)
+    assert found["max"] == pytest.approx(expected.max(), rel=1e-5)
+    assert compare("y", 2 * r, None, (2 * r).astype(np.float64), F32).kl is None
+    gone = c.copy()
+    gone[0, 3] = 0.0
+    assert compare("y", r, None, gone, F32).kl["max"] is None  # a class that the candidate thinks impossible
+
+
+def test_the_five_largest_classes():
+    rng = np.random.default_rng(0)
+    r = rng.permuted(np.tile(np.arange(20.0), (4, 1)), axis=1)
+    c = r.copy()
+    c[0, r[0] == 19] = 15.5  # the largest falls to the fifth place: still among them
+    c[1, r[1] == 19] = 0.0
+    c[2, r[2] == 0] = 30.0
+    found = compare("y", r, None, c, Tolerance(atol=1e9))
+    assert (found.top1_agreement, found.top5_agreement) == (0.25, 0.5)
+    assert compare("y", r[:, :5], None, r[:, :5], F32).top5_agreement is None
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    cuts=st.lists(st.integers(1, 23), max_size=4),
+    policy=st.sampled_from([F32, Tolerance(1e-7, 1e-7)]),
+    scale=st.sampled_from([1e-200, 1.0, 1e200]),
+    spoil=st.sampled_from([None, np.nan, np.inf, 5.0]),
+)
+def test_any_cut_into_batches_gives_the_same_verdict(seed, cuts, policy, scale, spoil):
+    rng = np.random.default_rng(seed)
+    r = rng.normal(size=(24, 3, 4)) * rng.choice([1e-3, 1.0, 1e3], (24, 1, 1)) * scale
+    o = r * (1 + 1e-7 * rng.normal(size=r.shape))
+    c = r * (1 + 1e-7 * rng.normal(size=r.shape))
+    if spoil is not None:
+        c.flat[rng.integers(c.size)] = spoil
+    if seed % 3 == 0:
+        o.flat[rng.integers(c.size)] = np.nan
+    outputs = {"values": (r, o, c), "exact": ((r > 0), (r > 0), (c > 0)), "classes": (r[:, 0], o[:, 0], c[:, 0])}
+    whole = compare_outputs(*({name: arrays[i] for name, arrays in outputs.items()} for i in range(3)), policy)
+    judge = verify.Judge(policy)
+    for start, stop in itertools.pairwise(sorted({0, 24, *cuts})):
+        part = [{name: arrays[i][start:stop] for name, arrays in outputs.items()} for i in range(3)]
+        noises = {name: noise_between(part[0][name], part[1][name]) for name in outputs}
+        judge.add(part[0], part[2], noises, {name: array.dtype for name, array in part[1].items()})
+    for one, other in zip(whole, judge.conclude(), strict=True):
+        mine, theirs = one.to_json(), other.to_json()
+        for key in ("cosine", "spread", "snr_db", "reference_snr_db", "noise_ratio"):
+            assert [mine.pop(key) or 0.0] == pytest.approx([theirs.pop(key) or 0.0], rel=1e-9)
+        assert mine == theirs
+
+
+def test_a_batch_that_fails_is_not_forgotten():
+    judge = verify.Judge(F32)
+    x = np.ones((2, 3))
+    judge.add({"y": x}, {"y": x})
+    judge.add({"y": x}, {"y": x[:, :2]})
+    judge.add({"y": x}, {"y": x})
+    (found,) = judge.conclude()
+    assert (found.passed, found.reason) == (False, "shape [2, 2] instead of [2, 3]")
+    assert verify.Judge(F32).conclude()[0].passed is False
+
+
 @settings(max_examples=100, deadline=None)
 @given(seed=st.integers(0, 10**6), scale=st.sampled_from([1e-40, 1e-30, 1.0, 1e30]))
 def test_the_smallest_tolerances_are_the_smallest_that_pass(seed, scale):
