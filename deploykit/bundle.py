@@ -52,7 +52,7 @@ def _write_tensor(path: Path, name: str, array: npt.NDArray[Any]) -> None:
 
 def golden_count(reference: Reference) -> int:
     """How many samples the golden batch has: at most 32, and about 8 MB of inputs."""
-    one = sum(array[:1].nbytes for array in reference.samples.arrays.values())
+    one = sum(array.nbytes for array in reference.samples.head(1).arrays.values())
     return max(1, min(GOLDEN_SAMPLES, reference.samples.count, GOLDEN_BYTES // max(1, one)))
 
 
@@ -101,7 +101,7 @@ def write_golden(folder: Path, reference: Reference) -> list[dict[str, Any]]:
         name = f"test_data_set_{index}"
         (folder / name).mkdir()
         record: dict[str, Any] = {"folder": name, "reference": reference.precision, "inputs": [], "outputs": []}
-        for place, (key, array) in enumerate(reference.samples.arrays.items()):
+        for place, (key, array) in enumerate(reference.samples.head(number).arrays.items()):
             record["inputs"].append(f"input_{place}.pb")
             _write_tensor(folder / name / f"input_{place}.pb", key, array[:number])
         noise = {}

@@ -5,16 +5,21 @@
                  yardstick (the laws are in `deploykit.verify`)
     candidate    a file on a runtime; it must have the original's names, shapes and dtypes, too
 
+Samples pass in batches, through the reference, the original and every candidate in turn, and leave a few numbers each
+behind: memory does not grow with their number. The first `KEPT` samples' answers are kept, for golden data and for
+whoever wants to look at them. Each candidate answers the first sample alone and then whole batches, so that a file
+whose batch size is frozen fails here and not in production. A model with open sizes (steps of a sequence, height and
+width) is compared at two other sizes as well. Nothing compared is a failure, never a pass.
+
 An opaque model (`deploykit.opaque`) cannot be evaluated in float64: there the reference is its own float32 answer, and
 the yardstick is what errors of float32's size, put into its weights and inputs, make of that answer.
-
-Each candidate answers the first sample alone and the rest in slices, so that a file whose batch size is
-frozen fails here and not in production. Nothing compared is a failure, never a pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,16 +28,27 @@ import numpy as np
 import numpy.typing as npt
 
 from deploykit import runtimes
-from deploykit.compare import OutputComparison, Policy, Tolerance, all_passed, compare_outputs
-from deploykit.data import Samples
-from deploykit.errors import DeploykitError
+from deploykit.compare import (
+    Law,
+    OutputComparison,
+    Tolerance,
+    all_passed,
+    noise_between,
+)
+from deploykit.data import Samples, Stream, other_sizes
+from deploykit.errors import DataError, DeploykitError, ProofError, UnsupportedModelError
 from deploykit.fuse.proof import slice_of
-from deploykit.graph import float32_only, replay, run, trace
+from deploykit.graph import float32_only, replay, run, runnable, trace
 from deploykit.load import load
 from deploykit.opaque import graph_of, nudge, nudged
 from deploykit.signature import Signature
+from deploykit.verify import Judge
 
 Arrays = Mapping[str, npt.NDArray[Any]]
+Answers = dict[str, npt.NDArray[Any]]
+
+KEPT = 256  # samples whose answers stay in memory
+BATCH = 32  # samples that a candidate answers at once
 
 
 @dataclass(frozen=True)
@@ -48,28 +64,67 @@ class Candidate:
 class Reference:
     """What right means: outputs in float64, the original's own answers, and on which samples.
 
-    Where ``precision`` is "float32" the outputs are the original's own, and ``original`` are those of its nudged copy.
+    ``outputs`` and ``original`` are of the first samples (`KEPT`), ``evaluate`` gives both for further ones. Where
+    ``precision`` is "float32" the outputs are the original's own, and ``original`` are those of its nudged copy.
+    ``others`` are the same at other sizes.
     """
 
     model: str
     signature: Signature
-    samples: Samples
-    outputs: dict[str, npt.NDArray[Any]]
-    original: dict[str, npt.NDArray[Any]]
+    samples: Samples | Stream
+    outputs: Answers
+    original: Answers
     notices: tuple[str, ...]
     precision: str = "float64"
+    evaluate: Callable[[Arrays], tuple[Answers, Answers]] | None = None
+    others: tuple[Reference, ...] = ()
+
+    @property
+    def kept(self) -> int:
+        return len(next(iter(self.outputs.values())))
+
+    @property
+    def fixed(self) -> int | None:
+        """The batch size, where it is fixed."""
+        return self.signature.inputs[0].shape[0]
+
+    def pieces(self) -> Iterator[tuple[Arrays, Answers, Answers]]:
+        """Batches of inputs, right answers, and the original's own."""
+        start = 0
+        for inputs in self.samples.batches(self.fixed or BATCH):
+            stop = start + len(next(iter(inputs.values())))
+            if stop <= self.kept:
+                rows = slice(start, stop)
+                yield inputs, _cut(self.outputs, rows), _cut(self.original, rows)
+            elif self.evaluate is not None:
+                yield (inputs, *self.evaluate(inputs))
+            else:
+                raise DataError(f"{self.model}: {self.samples.count} samples, but answers to {self.kept} only")
+            start = stop
+
+
+def _cut(arrays: Arrays, rows: slice) -> Answers:
+    return {name: array[rows] for name, array in arrays.items()}
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One candidate judged: the outputs' comparisons, or the reason why there are none."""
+    """One candidate judged: the outputs' comparisons, or the reason why there are none.
+
+    ``sizes``: what was found at other sizes, one entry for each: what they are, and why it failed there, or None.
+    ``notes``: what is to know about how the runtime computed. Accuracies are shares of right answers, where the
+    samples carry labels.
+    """
 
     candidate: str
     runtime: str
     samples: int
     outputs: tuple[OutputComparison, ...]
     reason: str | None = None
-    accuracy: float | None = None  # share of right answers, where the samples carry labels
+    accuracy: float | None = None
+    reference_accuracy: float | None = None
+    sizes: tuple[tuple[str, str | None], ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -83,91 +138,200 @@ class Comparison:
             "samples": self.samples,
             "reason": self.reason,
             "accuracy": self.accuracy,
+            "sizes": [{"data": data, "passed": reason is None, "reason": reason} for data, reason in self.sizes],
+            "notes": list(self.notes),
             "outputs": [output.to_json() for output in self.outputs],
         }
 
 
-def make_reference(name: str, model: Any, samples: Samples) -> Reference:
-    """Evaluate a Keras model in float64 and as it is; the float64 copy is gone when this returns."""
+# ------------------------------------------------------------------------------------------------- the reference
+
+
+def make_reference(name: str, model: Any, samples: Samples | Stream, *, sizes: bool = True, seed: int = 0) -> Reference:
+    """Evaluate a Keras model in float64 and as it is; ``sizes``: at other sizes too, where it has open ones."""
     found = trace(model)
-    if graph_of(model) is not None:
-        return _opaque_reference(name, model, found.signature, samples)
-    batch = slice_of(found)
-    double = replay(found, dtype="float64")
-    names = [spec.name for spec in found.signature.outputs]
-    outputs = dict(zip(names, run(double, samples.arrays, batch=batch), strict=True))
-    del double
-    original = dict(zip(names, run(model, samples.arrays, batch=batch), strict=True))
-    single = float32_only(found)
-    notices = (f"TensorFlow evaluates {', '.join(single[:3])} in float32, in the reference too",) if single else ()
-    return Reference(name, found.signature, samples, outputs, original, notices)
-
-
-def _opaque_reference(name: str, model: Any, signature: Signature, samples: Samples, seed: int = 0) -> Reference:
-    names = [spec.name for spec in signature.outputs]
-    outputs = dict(zip(names, run(model, samples.arrays, batch=32), strict=True))
-    rng = np.random.default_rng(seed)
-    off = {key: nudge(array, rng) for key, array in samples.arrays.items()}
-    yardstick = dict(zip(names, run(nudged(model, seed), off, batch=32), strict=True))
-    return Reference(name, signature, samples, outputs, yardstick, (), precision="float32")
-
-
-def _answers(session: runtimes.Session, samples: Samples, fixed: int | None, batch: int = 32) -> dict[str, Any]:
-    """The candidate's outputs: the first sample alone, the rest in slices (or slices of a fixed batch)."""
-    edges = [0, 1, *range(1 + batch, samples.count, batch)] if fixed is None else [*range(0, samples.count, fixed)]
-    pieces = []
-    for start, end in zip(edges, [*edges[1:], samples.count], strict=True):
-        if start < end:
-            pieces.append(session.run({name: array[start:end] for name, array in samples.arrays.items()}))
-    return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
-
-
-def _judge(reference: Reference, candidate: Candidate, policy: Policy | Tolerance) -> Comparison:
-    nothing = Comparison(candidate.name, candidate.runtime, 0, ())
-    session = runtimes.open(candidate.runtime, candidate.model)
-    try:
-        drift = reference.signature.differences(session.signature)
-        if drift:
-            return replace(nothing, reason=f"the signature drifted: {'; '.join(drift)}")
-        fixed = reference.signature.inputs[0].shape[0]
+    if graph_of(model) is None:
+        evaluate, precision = _in_float64(model), "float64"
+        single = float32_only(found)
+        notices = [f"TensorFlow evaluates {', '.join(single[:3])} in float32, in the reference too"] if single else []
+    else:
+        evaluate, precision, notices = _as_it_is(model, seed), "float32", []
+    others = []
+    for other in other_sizes(found.signature, seed=seed) if sizes else ():
         try:
-            answers = _answers(session, reference.samples, fixed)
+            right, own = evaluate(other.arrays)
+        except UnsupportedModelError as error:
+            notices.append(f"not compared on {other.source}: {error}")
+        else:
+            others.append(Reference(name, found.signature, other, right, own, (), precision))
+    right, own = evaluate(samples.head(KEPT).arrays)
+    further = evaluate if samples.count > KEPT else None  # else the copies are let go
+    return Reference(
+        name, found.signature, samples, right, own, tuple(notices), precision, further, others=tuple(others)
+    )
+
+
+def _named(model: Any, found: Any, arrays: Arrays, batch: int) -> Answers:
+    names = [spec.name for spec in found.signature.outputs]
+    return dict(zip(names, run(model, arrays, batch=batch), strict=True))
+
+
+def _in_float64(model: Any) -> Callable[[Arrays], tuple[Answers, Answers]]:
+    found = trace(model)
+    batch, double, original = slice_of(found), replay(found, dtype="float64"), runnable(model)
+    return lambda arrays: (_named(double, found, arrays, batch), _named(original, found, arrays, batch))
+
+
+def _as_it_is(model: Any, seed: int) -> Callable[[Arrays], tuple[Answers, Answers]]:
+    found, moved = trace(model), nudged(model, seed)
+    rng = np.random.default_rng(seed)
+
+    def evaluate(arrays: Arrays) -> tuple[Answers, Answers]:
+        off = {name: nudge(array, rng) for name, array in arrays.items()}
+        return _named(model, found, arrays, BATCH), _named(moved, found, off, BATCH)
+
+    return evaluate
+
+
+# -------------------------------------------------------------------------------------------------- the candidates
+
+
+@dataclass
+class _Trial:
+    """A candidate while samples pass: its session, its judge, why it is out."""
+
+    candidate: Candidate
+    session: Any
+    judge: Judge
+    order: tuple[str, ...] = ()  # of its outputs
+    reason: str | None = None
+    hits: int | None = 0
+    seen: int = 0
+
+    def hear(self, inputs: Arrays, right: Answers, own: Answers, labels: Any, fixed: int | None) -> None:
+        if self.reason is not None:
+            return
+        count = len(next(iter(inputs.values())))
+        edges = [0, 1, count] if self.seen == 0 and fixed is None and count > 1 else [0, count]
+        try:
+            parts = [self.session.run(_cut(inputs, slice(*edges[i : i + 2]))) for i in range(len(edges) - 1)]
         except DeploykitError as error:
-            return replace(nothing, reason=f"it does not run on the reference's inputs: {error}")
-    finally:
-        session.close()
-    outputs = compare_outputs(reference.outputs, reference.original, answers, policy)
-    right = accuracy(answers, reference.samples)
-    return Comparison(candidate.name, candidate.runtime, reference.samples.count, outputs, accuracy=right)
+            self.reason = f"it does not run on the reference's inputs: {error}"
+            return
+        try:
+            answers = {name: np.concatenate([part[name] for part in parts]) for name in self.order}
+        except ValueError:
+            self.reason = "its answers to one sample and to several have different shapes"
+            return
+        noises = {name: noise_between(right[name], own[name]) for name in right}
+        self.judge.add(right, answers, noises, {name: array.dtype for name, array in own.items()})
+        self.seen += count
+        self.hits = _sum(self.hits, hits(answers, labels))
 
 
-def accuracy(outputs: Arrays, samples: Samples) -> float | None:
-    """Share of samples whose label is the largest output; None unless one output is a class per column."""
-    if samples.labels is None or len(outputs) != 1:
+def _sum(a: int | None, b: int | None) -> int | None:
+    return None if a is None or b is None else a + b
+
+
+def check(
+    reference: Reference,
+    candidates: Sequence[Candidate],
+    policy: Law,
+    *,
+    progress: Callable[[str], None] = lambda message: None,
+) -> tuple[Comparison, ...]:
+    """Judge every candidate against the reference, in order, all on one pass over the samples."""
+    with contextlib.ExitStack() as stack:
+        trials = []
+        for candidate in candidates:
+            trials.append(_opened(reference, candidate, policy, stack))
+        own_hits: int | None = 0
+        done, start = 0, time.perf_counter()
+        for inputs, right, own in reference.pieces():
+            count = len(next(iter(inputs.values())))
+            labels = None if reference.samples.labels is None else reference.samples.labels[done : done + count]
+            for trial in trials:
+                trial.hear(inputs, right, own, labels, reference.fixed)
+            own_hits = _sum(own_hits, hits(right, labels))
+            done += count
+            left = (time.perf_counter() - start) / done * (reference.samples.count - done)
+            progress(f"checked {done} of {reference.samples.count} samples, about {left:.0f} s left")
+        total = None if own_hits is None else own_hits / done
+        return tuple(_verdict(reference, trial, policy, total) for trial in trials)
+
+
+def _opened(reference: Reference, candidate: Candidate, policy: Law, stack: contextlib.ExitStack) -> _Trial:
+    """A candidate ready to run; one that a runtime does not run as it should is out, and the others go on."""
+    try:
+        session = runtimes.open(candidate.runtime, candidate.model)
+    except ProofError as error:
+        return _Trial(candidate, None, Judge(policy), reason=str(error))
+    stack.callback(session.close)
+    signature = runtimes.signature_like(session, reference.signature)
+    drift = reference.signature.differences(signature)
+    reason = f"the signature drifted: {'; '.join(drift)}" if drift else None
+    return _Trial(candidate, session, Judge(policy), tuple(spec.name for spec in signature.outputs), reason)
+
+
+def _verdict(reference: Reference, trial: _Trial, policy: Law, reference_accuracy: float | None) -> Comparison:
+    candidate, notes = trial.candidate, tuple(getattr(trial.session, "notes", ()))
+    if trial.reason is not None:
+        return Comparison(candidate.name, candidate.runtime, 0, (), trial.reason, notes=notes)
+    found = Comparison(
+        candidate.name,
+        candidate.runtime,
+        trial.seen,
+        trial.judge.conclude(),
+        accuracy=None if trial.hits is None else trial.hits / trial.seen,
+        reference_accuracy=reference_accuracy,
+        sizes=tuple((other.samples.source, _at(other, trial, policy)) for other in reference.others),
+        notes=notes,
+    )
+    wrong = [f"on {data}: {reason}" for data, reason in found.sizes if reason is not None]
+    return replace(found, reason=wrong[0]) if wrong else found
+
+
+def _at(other: Reference, trial: _Trial, policy: Law) -> str | None:
+    """Why a candidate fails at another size, or None."""
+    again = _Trial(trial.candidate, trial.session, Judge(policy), trial.order)
+    for inputs, right, own in other.pieces():
+        again.hear(inputs, right, own, None, other.fixed)
+    if again.reason is not None:
+        return again.reason
+    return next((f"output {o.name}: {o.reason}" for o in again.judge.conclude() if not o.passed), None)
+
+
+def hits(outputs: Arrays, labels: Any) -> int | None:
+    """How many labels are the largest output; None unless one output is a class per column."""
+    if labels is None or len(outputs) != 1:
         return None
     (scores,) = outputs.values()
-    labels = np.asarray(samples.labels)
+    labels = np.asarray(labels)
     if scores.ndim != 2 or scores.shape[1] < 2 or labels.shape != (len(scores),) or labels.dtype.kind not in "iu":
         return None
     if labels.min() < 0 or labels.max() >= scores.shape[1]:
         return None
-    return float(np.mean(scores.argmax(axis=1) == labels))
+    return int(np.sum(scores.argmax(axis=1) == labels))
 
 
-def check(reference: Reference, candidates: Sequence[Candidate], policy: Policy | Tolerance) -> tuple[Comparison, ...]:
-    """Judge every candidate against the reference, in order."""
-    return tuple(_judge(reference, candidate, policy) for candidate in candidates)
+def accuracy(outputs: Arrays, samples: Samples | Stream) -> float | None:
+    """Share of samples whose label is the largest output; None unless one output is a class per column."""
+    found = hits(outputs, samples.labels)
+    return None if found is None else found / samples.count
 
 
-def body(reference: Reference, comparisons: Sequence[Comparison], policy: Policy | Tolerance) -> dict[str, Any]:
+def body(reference: Reference, comparisons: Sequence[Comparison], policy: Law) -> dict[str, Any]:
     """The keys of ``deploykit.check/1``."""
     judged = [output for comparison in comparisons for output in comparison.outputs]
     return {
         "passed": bool(comparisons) and all(comparison.passed for comparison in comparisons),
         "reference": {"model": reference.model, "precision": reference.precision},
         "data": f"{reference.samples.count} samples: {reference.samples.source}",
-        "policy": policy.name if isinstance(policy, Policy) else {"rtol": policy.rtol, "atol": policy.atol},
-        "reference_accuracy": accuracy(reference.outputs, reference.samples),
+        "other_sizes": [other.samples.source for other in reference.others],
+        "policy": {"rtol": policy.rtol, "atol": policy.atol} if isinstance(policy, Tolerance) else policy.name,
+        "reference_accuracy": next(
+            (c.reference_accuracy for c in comparisons if c.reference_accuracy is not None), None
+        ),
         "insensitive": sorted({output.name for output in judged if output.insensitive}),
         "comparisons": [comparison.to_json() for comparison in comparisons],
     }

@@ -81,6 +81,15 @@ Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads p
 Seconds = Annotated[float, typer.Option("--seconds", min=0.1, help="Measuring time per candidate.")]
 Rtol = Annotated[float | None, typer.Option("--rtol", help="Judge by |c-r| <= atol + rtol*|r| instead of the policy.")]
 Atol = Annotated[float | None, typer.Option("--atol", help="See --rtol.")]
+PolicyName = Annotated[
+    str | None,
+    typer.Option("--policy", metavar="float32|float16|bfloat16|int8", help="What to expect of the candidate."),
+]
+Junit = Annotated[Path | None, typer.Option("--junit", metavar="PATH", help="Write JUnit XML.", show_default=False)]
+Markdown = Annotated[
+    Path | None,
+    typer.Option("--markdown", metavar="PATH", help="Write a pull request's comment.", show_default=False),
+]
 
 
 # --------------------------------------------------------------------------------------------------- terminal
@@ -91,6 +100,7 @@ class _Terminal:
 
     def __init__(self, json_target: str | None, quiet: bool, verbose: bool) -> None:
         self.json_target, self.quiet, self.verbose = json_target, quiet, verbose
+        self.targets: dict[str, Path] | None = None  # what else is written; None: a verb that CI systems do not ask
         self.out = sys.stdout
         self.err = sys.stderr
 
@@ -193,6 +203,12 @@ def _finish(terminal: _Terminal, report: Report) -> None:
         write_json(record, terminal.json_target, force=True)  # claimed before the work began
     if not terminal.quiet and terminal.json_target != "-":
         render(record, terminal.console())
+    if terminal.targets is not None:
+        from deploykit.report.delivery import deliver
+        from deploykit.report.github import announce
+
+        deliver(record, terminal.targets)
+        announce(record, terminal.err if terminal.json_target == "-" else terminal.out)
 
 
 def _fail_after_report(terminal: _Terminal, report: Report, reason: str) -> NoReturn:
@@ -520,6 +536,7 @@ def check(
         list[Path] | None, typer.Argument(help="Files or bundles to compare with it.", show_default=False)
     ] = None,
     runtime: Annotated[str | None, typer.Option("--runtime", help="Run every candidate on this runtime.")] = None,
+    policy: PolicyName = None,
     rtol: Rtol = None,
     atol: Atol = None,
     data: Data = None,
@@ -531,15 +548,22 @@ def check(
     allow_code: AllowCode = False,
     seed: Seed = 0,
     force: Force = False,
+    junit: Junit = None,
+    markdown: Markdown = None,
     json: Json = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Compare candidates with the model that was trained, in float64; or a bundle with its golden data."""
-    with _terminal(json, quiet, verbose, force, [reference, *(candidates or ()), weights, data]) as terminal:
+    read = [reference, *(candidates or ()), weights, data]
+    with _terminal(json, quiet, verbose, force, read) as terminal:
         from deploykit.compare import policy_from
+        from deploykit.report.delivery import claim_targets
 
-        policy = policy_from(rtol, atol)
+        wanted = {"junit": junit, "markdown": markdown}
+        terminal.targets = claim_targets(wanted, force=force, inputs=read, others={"json": json})
+
+        law = policy_from(rtol, atol, policy)
         if not candidates:
             _check_bundle(terminal, reference)
             return
@@ -560,7 +584,7 @@ def check(
             right = make_reference(str(reference), loaded.model, inputs)
             clock.lap("reference")
             terminal.progress("running the candidates")
-            body = check_body(right, run(right, chosen, policy), policy)
+            body = check_body(right, run(right, chosen, law, progress=terminal.progress), law)
         clock.lap("candidates")
         proven, reason = verdict(body)
         report = _report(
@@ -689,6 +713,7 @@ def deploy(
     class_names: Annotated[
         str | None, typer.Option("--class-names", metavar="A,B,...", help="Stored in the bundle.")
     ] = None,
+    policy: PolicyName = None,
     rtol: Rtol = None,
     atol: Atol = None,
     threads: Threads = None,
@@ -709,7 +734,7 @@ def deploy(
         from deploykit.verify import MANIFEST
 
         claim(output, force=force, folder=MANIFEST, inputs=(model, weights, data))
-        size, policy = _batch(batch), policy_from(rtol, atol)
+        size, law = _batch(batch), policy_from(rtol, atol, policy)
         terminal.progress("loading")
         from deploykit.deploy import Clock
         from deploykit.deploy import deploy as run
@@ -726,7 +751,7 @@ def deploy(
                 barrier=barrier or (),
                 opset=opset,
                 batch=size,
-                policy=policy,
+                policy=law,
                 threads=threads,
                 seconds=seconds,
                 class_names=class_names.split(",") if class_names else None,
@@ -740,6 +765,36 @@ def deploy(
                 _finish(terminal, found)
             raise
         _finish(terminal, report)
+
+
+@app.command()
+def ci(
+    config: Annotated[Path, typer.Option("--config", help="The file that holds [tool.deploykit].")] = Path(
+        "pyproject.toml"
+    ),
+    force: Force = False,
+    junit: Junit = None,
+    markdown: Markdown = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="PATH", help="Write a page.", show_default=False)
+    ] = None,
+    json: Json = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Run everything that [tool.deploykit] asks for: checks, latency gates, bundles; one report."""
+    with _terminal(json, quiet, verbose, force, [config]) as terminal:
+        from deploykit.ci import read_config
+        from deploykit.ci import run as run_all
+        from deploykit.report.delivery import claim_targets
+
+        asked = read_config(config)
+        wanted = {"junit": junit, "markdown": markdown, "html": html}
+        terminal.targets = claim_targets(wanted, force=force, inputs=asked.inputs, others={"json": json})
+        finished = run_all(asked, progress=terminal.progress)
+        _finish(terminal, finished.report)
+        if finished.error is not None:
+            raise finished.error
 
 
 # ---------------------------------------------------------------------------------------------------- errors

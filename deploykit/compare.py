@@ -19,9 +19,11 @@ from numpy.typing import NDArray
 
 from deploykit import verify
 from deploykit.errors import DataError, InputError
-from deploykit.verify import Noise, OutputComparison, Policy, Tolerance, all_passed
+from deploykit.verify import Fidelity, Noise, OutputComparison, Policy, Tolerance, all_passed
 
 __all__ = [
+    "Fidelity",
+    "Law",
     "Noise",
     "OutputComparison",
     "Policy",
@@ -34,10 +36,14 @@ __all__ = [
 ]
 
 Array = NDArray[Any]
+Law = Policy | Fidelity | Tolerance
 
 
-def policy_from(rtol: float | None = None, atol: float | None = None, precision: str = "float32") -> Policy | Tolerance:
-    """The user's tolerance if there is one (a missing half is 0), otherwise the policy of the precision."""
+def policy_from(rtol: float | None = None, atol: float | None = None, precision: str | None = None) -> Law:
+    """The user's tolerance if there is one (a missing half is 0), otherwise the policy of the precision (float32)."""
+    if precision is not None and (rtol is not None or atol is not None):
+        raise InputError(f"--rtol and --atol take the place of the policy {precision}; give one or the other")
+    precision = precision or verify.FLOAT32.name
     if rtol is not None or atol is not None:
         with _explained(InputError):
             return Tolerance(0.0 if rtol is None else rtol, 0.0 if atol is None else atol)
@@ -55,9 +61,7 @@ def noise_between(reference: Array, *originals: Array) -> Noise:
         return Noise.between(reference, *originals)
 
 
-def compare(
-    name: str, reference: Array, original: Array | None, candidate: Array, policy: Policy | Tolerance
-) -> OutputComparison:
+def compare(name: str, reference: Array, original: Array | None, candidate: Array, policy: Law) -> OutputComparison:
     """Judge one output, axis 0 counting samples; the candidate must have the original's shape and dtype."""
     with _explained(DataError, f"output {name}"):
         noise = None if original is None else Noise.between(np.asarray(reference), np.asarray(original))
@@ -69,7 +73,7 @@ def compare_outputs(
     reference: Mapping[str, Array],
     original: Mapping[str, Array] | None,
     candidate: Mapping[str, Array],
-    policy: Policy | Tolerance,
+    policy: Law,
 ) -> tuple[OutputComparison, ...]:
     """Judge all outputs, in the reference's order; missing, extra, renamed or reordered ones fail, and so does none."""
     noises: dict[str, Noise] | None = None

@@ -26,8 +26,8 @@ from deploykit.archive import write_keras
 from deploykit.bench import PROCESSES, bench
 from deploykit.bench import Candidate as Timed
 from deploykit.check import Candidate, Reference, body, candidate_for, check, make_reference
-from deploykit.compare import Policy, Tolerance, policy_from
-from deploykit.data import Samples, read_samples, synthesize
+from deploykit.compare import Law, policy_from
+from deploykit.data import Samples, Stream, open_samples, read_samples, synthesize
 from deploykit.environment import environment
 from deploykit.errors import DataError, DeploykitError, ProofError
 from deploykit.export import Exported, export, export_stock
@@ -81,12 +81,12 @@ class Clock:
         return {**self.seconds, "total": time.perf_counter() - self.start}
 
 
-def samples_for(model: Any, options: DataOptions) -> Samples:
+def samples_for(model: Any, options: DataOptions) -> Samples | Stream:
     """The user's samples, or seeded synthetic ones with edge cases."""
     signature = signature_of(model)
     if options.data is None:
         return synthesize(signature, count=options.limit or SYNTHETIC, seed=options.seed)
-    return read_samples(
+    return open_samples(
         options.data,
         signature,
         limit=options.limit or REAL,
@@ -198,14 +198,14 @@ def export_checked(
     loaded: Loaded,
     path: str | Path,
     *,
-    samples: Samples,
+    samples: Samples | Stream,
     fusing: bool = True,
     keep: Collection[str] = (),
     barrier: Collection[str] = (),
     own_samples: bool = True,
     opset: int = 18,
     batch: int | None = None,
-    policy: Policy | Tolerance | None = None,
+    policy: Law | None = None,
     seed: int = 0,
     force: bool = False,
     progress: Progress = silent,
@@ -240,10 +240,12 @@ def export_checked(
         with loaded.scope():
             reference = make_reference(str(loaded.path), loaded.model, samples)
         shipped = with_batch(reference, batch)
-        comparisons = check(shipped, [Candidate(path.name, exported.path, "onnxruntime-cpu")], policy)
-        if fused is not None:
-            keras_one = [Candidate("fused Keras model", fused.model, "keras")]
-            comparisons = (*check(reference, keras_one, policy), *comparisons)
+        ours = [Candidate(path.name, exported.path, "onnxruntime-cpu")]
+        keras_one = [] if fused is None else [Candidate("fused Keras model", fused.model, "keras")]
+        if batch is None:
+            comparisons = check(reference, [*keras_one, *ours], policy, progress=progress)
+        else:
+            comparisons = (*check(reference, keras_one, policy), *check(shipped, ours, policy, progress=progress))
         found = body(shipped, comparisons, policy)
         clock.lap("check")
         written = []
@@ -268,7 +270,7 @@ def deploy(
     barrier: Collection[str] = (),
     opset: int = 18,
     batch: int | None = None,
-    policy: Policy | Tolerance | None = None,
+    policy: Law | None = None,
     threads: int | None = None,
     seconds: float = 4.0,
     class_names: Sequence[str] | None = None,
@@ -311,7 +313,7 @@ def deploy(
         progress("measuring latency")
         measured = bench(
             timed,
-            samples.arrays,
+            samples.head(REAL).arrays,
             batches=(batch or 1,),
             threads=threads,
             seconds=seconds,
@@ -350,10 +352,11 @@ def with_batch(reference: Reference, batch: int | None) -> Reference:
         samples=reference.samples.head(count),
         outputs={name: array[:count] for name, array in reference.outputs.items()},
         original={name: array[:count] for name, array in reference.original.items()},
+        others=(),
     )
 
 
-def _timed(loaded: Loaded, made: Checked, room: Path, samples: Samples, opset: int) -> list[Timed]:
+def _timed(loaded: Loaded, made: Checked, room: Path, samples: Samples | Stream, opset: int) -> list[Timed]:
     """What is timed side by side: what the user runs today, and ours last. Written into ``room``."""
     rows = []
     if made.fused is None:

@@ -477,7 +477,7 @@ def _with_dtype(config: Any, dtype: str) -> Any:
     return config
 
 
-def _clone(node: Node, changes: Config, dtype: str | None) -> Any:
+def _clone(node: Node, changes: Config, dtype: str | None, kind: Any = None) -> Any:
     layer = node.layer
     try:
         config = dict(layer.get_config())
@@ -486,7 +486,7 @@ def _clone(node: Node, changes: Config, dtype: str | None) -> Any:
         config.update(changes)
         if dtype is not None:
             config = _with_dtype(config, dtype)
-        clone = type(layer).from_config(config)
+        clone = (kind or type(layer)).from_config(config)
         if clone.name != node.name:  # a config that leaves the name out would get a new one each time
             clone.name = node.name
         return clone
@@ -778,17 +778,43 @@ def _runnable_whole(found: Trace, node: Node) -> Any | None:
     return whole
 
 
+class _Steps(keras.layers.TimeDistributed):  # type: ignore[misc]
+    """TimeDistributed over an unknown number of steps, which go through the layer as part of the batch.
+
+    Keras 3.15 takes the batch size for their number when it runs in a graph (eagerly it does not). Each step is a
+    sample of its own to a layer in inference mode, so that folding them into the batch changes nothing.
+    """
+
+    def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
+        shape = keras.ops.shape(inputs)
+        more = {"training": training} if self.layer._call_has_training_arg else {}
+        if mask is not None and self.layer._call_has_mask_arg:
+            more["mask"] = keras.ops.reshape(mask, (-1, *keras.ops.shape(mask)[2:]))
+        answer = self.layer.call(keras.ops.reshape(inputs, (shape[0] * shape[1], *shape[2:])), **more)
+        return keras.ops.reshape(answer, (shape[0], shape[1], *keras.ops.shape(answer)[1:]))
+
+
+def _open_steps(found: Trace, node: Node) -> bool:
+    """Whether a call goes step by step through a sequence of unknown length."""
+    return type(node.layer) is L.TimeDistributed and found.tensors[node.inputs[0]].shape[1] is None
+
+
 def runnable(model: Any) -> Any:
     """A model that computes the same and that TensorFlow can run anywhere; the model itself where it can already.
 
     TensorFlow has few kernels for channels_first on a CPU, so that such layers become their channels_last equivalents
     between two transpositions: the same sums, and kernels have one layout in both formats. So do layers and models
-    under TimeDistributed, and ConvLSTM layers, also in both directions. Limits: not inside custom layers, not in a
+    under TimeDistributed, and ConvLSTM layers, also in both directions. A TimeDistributed over any number of steps
+    folds them into the batch (`_Steps`). Limits: not inside custom layers, not in a
     TimeDistributed recurrence, and not in a model that is called as a whole with a mask.
     """
-    if not any(_turns(layer) for layer in functional_form(model)._flatten_layers()):
+    layers = functional_form(model)._flatten_layers()
+    if not any(_turns(layer) or type(layer) is L.TimeDistributed for layer in layers):
         return model
-    return replay(trace(model), turned=True)
+    found = trace(model)
+    if not any(_turns(layer) for layer in layers) and not any(_open_steps(found, node) for node in found.nodes):
+        return model
+    return replay(found, turned=True)
 
 
 def misplaced_biases(model: Any) -> tuple[str, ...]:
@@ -920,7 +946,7 @@ def replay(
                 elif isinstance(node.layer, (_Resampling, _Pooling3D)):
                     new = node.layer  # of a copy for proofs, which has no config
                 else:
-                    new = _clone(node, change, dtype)
+                    new = _clone(node, change, dtype, _Steps if turned and _open_steps(found, node) else None)
                 layers[id(node.layer)] = new
                 results = new(*args, **kwargs)
                 if isinstance(node.layer, L.Layer) and filled is None:

@@ -282,7 +282,7 @@ def _read_back(path: Path, safe: bool) -> Any:
 def _samples(new: Any, found: Trace, data: DataOptions) -> Samples:
     many = values_per_sample(found) < LARGE_NET
     count = data.limit or (SAMPLES if many else proofs.proof_count(found))
-    return samples_for(new, replace(data, limit=count))
+    return samples_for(new, replace(data, limit=count)).head(count)
 
 
 # ------------------------------------------------------------------------------------------------- the old file
@@ -535,7 +535,7 @@ def _compared(
         policy, original, answers = replace(FLOAT64, default_noise=reference.noise), None, witness.double or ()
         noise = dict.fromkeys(names, reference.noise)
     else:
-        policy, original, answers = verify.POLICIES["float32"], own, witness.own
+        policy, original, answers = verify.FLOAT32, own, witness.own
         noise = {name: proofs.distance(own[name], right[name]) for name in names}
     wanted = right if original is None else original
     theirs = {name: _cast(output, wanted[name]) for name, output in zip(names, answers, strict=True)}

@@ -10,7 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deploykit import verify
-from deploykit.compare import Noise, Tolerance, all_passed, compare, compare_outputs, noise_between, policy_from
+from deploykit.compare import (
+    Fidelity,
+    Noise,
+    Tolerance,
+    all_passed,
+    compare,
+    compare_outputs,
+    noise_between,
+    policy_from,
+)
 from deploykit.errors import DataError, InputError
 
 F32 = policy_from()
@@ -448,6 +457,41 @@ def test_any_cut_into_batches_gives_the_same_verdict(seed, cuts, policy, scale, 
         for key in ("cosine", "spread", "snr_db", "reference_snr_db", "noise_ratio"):
             assert [mine.pop(key) or 0.0] == pytest.approx([theirs.pop(key) or 0.0], rel=1e-9)
         assert mine == theirs
+
+
+@pytest.mark.parametrize(("name", "bits"), [("float16", 11), ("bfloat16", 8), ("int8", 8)])
+def test_a_lower_precision_is_judged_by_what_it_keeps(name, bits):
+    policy = policy_from(precision=name)
+    rng = np.random.default_rng(0)
+    r = rng.normal(size=(50, 10))
+    own = r.astype(np.float32)
+    rounded = (r * (1 + 2.0**-bits * rng.uniform(-1, 1, r.shape))).astype(np.float32)
+    assert compare("y", r, own, rounded, policy).passed
+    assert not compare("y", r, own, rounded, F32).passed
+    noise = rng.normal(size=r.shape)
+    noise *= np.linalg.norm(r) / np.linalg.norm(noise)
+    assert (
+        "SNR" in compare("y", r, own, (r + 1.1 * noise * 10 ** (-policy.snr_db / 20)).astype(np.float32), policy).reason
+    )
+    one = rounded.copy()
+    one[7] = -one[7]  # one sample of fifty, far below the whole
+    assert "sample 7" in compare("y", 1e-3 * r, 1e-3 * own, 1e-3 * one, policy).reason
+
+
+def test_answers_that_a_lower_precision_may_turn():
+    policy = policy_from(precision="float16")
+    r = np.tile([1.0, 0.5, 0.0], (100, 1))
+    near = np.tile([1.0, 0.995, 0.0], (100, 1))
+    for reference, turned, passed in ((near, 100, True), (r, 2, True), (r, 3, False)):
+        c = reference.copy()
+        c[:turned, :2] = c[:turned, 1::-1]
+        found = compare("y", reference, None, c, Fidelity("x", policy.snr_db, -20.0, policy.top1))
+        assert ("top-1 changed" in (found.reason or "")) is not passed
+    labels, other = np.zeros((100, 1), int), np.zeros((100, 1), int)
+    other[:2] = 1
+    assert compare("y", labels, labels, other, policy).passed
+    other[2] = 1
+    assert not compare("y", labels, labels, other, policy).passed
 
 
 def test_a_batch_that_fails_is_not_forgotten():

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deploykit.data import EDGES, Samples, read_samples, synthesize
+from deploykit.data import EDGES, Samples, other_sizes, read_samples, synthesize
 from deploykit.errors import DataError, MissingComponentError
 from deploykit.signature import Signature, TensorSpec
 
@@ -108,7 +108,12 @@ MISFITS: dict[str, tuple[Any, Signature, str]] = {
     "fractions": (np.array([[0.5]]), one((1,), "int32"), "whole numbers"),
     "outside dtype": (np.array([[300]]), one((1,), "uint8"), "the input takes 0..255"),
     "negative": (np.array([[-1]]), one((1,), "uint8"), "the input takes 0..255"),
-    "outside vocabulary": (np.array([[10]]), one((1,), "int32", low=0.0, high=9.0), "values 10..10; the input takes"),
+    "below vocabulary": (np.array([[5], [-1]]), one((1,), "int32", low=0.0, high=9.0), "-1..-1, first in sample 1"),
+    "outside vocabulary": (
+        np.array([[10]]),
+        one((1,), "int32", low=0.0, high=9.0),
+        "10..10, first in sample 0; the input takes 0..9",
+    ),
     "text": (np.array([["a"]]), one((1,)), "give numbers"),
     "complex": (np.array([[1j]]), one((1,)), "give numbers"),
     "numbers for text": (np.array([[1]]), one((1,), "string"), "give strings"),
@@ -389,6 +394,117 @@ def test_the_last_samples_are_edge_cases(bounds: dict[str, float], values: tuple
     assert (x[6] == high).all()
     assert x[7, 0, 0].tolist() == [first, second]
     assert x[7, 0, 1].tolist() == [second, first]
+
+
+def edge_samples(*specs: TensorSpec, count: int = 64) -> dict[str, dict[str, np.ndarray]]:
+    """Of inputs that all edges suit: the edge samples by name."""
+    arrays = synthesize(takes(*specs), count=count).arrays
+    rows = range(count - len(EDGES), count)
+    return {edge: {name: array[row] for name, array in arrays.items()} for edge, row in zip(EDGES, rows, strict=True)}
+
+
+def test_what_each_edge_is() -> None:
+    """Of an input without a stated range: what could hide from all the others."""
+    found = {name: sample["x"] for name, sample in edge_samples(TensorSpec("x", (None, 8, 6, 2), "float32")).items()}
+    peaks = {name: float(np.abs(x).max()) for name, x in found.items()}
+    assert (found["all low"] == -1).all()
+    assert ((found["large"] > 4).any(), 4 < peaks["large"] <= 6) == (True, True)
+    assert ((found["very large"] > 10).any(), 10 < peaks["very large"] <= 16) == (True, True)
+    assert (np.abs(found["very large"]) > 4).mean() > 0.2  # not one element only
+    assert ((found["hot spot"] != 0).sum(), found["hot spot"][4, 3, 1]) == (1, 1)
+    assert 0 < peaks["tiny"] <= 1e-6
+    assert len(np.unique(found["tiny"])) > 50
+    assert (found["far from zero"].min() >= 15, np.ptp(found["far from zero"]) > 0.5) == (True, True)
+    assert (found["ends in zeros"][:4].all(), found["ends in zeros"][4:].any()) == (True, False)
+    assert (found["begins with zeros"][:4].any(), found["begins with zeros"][4:].all()) == (False, True)
+    for name, place in {"first only": (0, 0), "last only": (-1, -1)}.items():
+        assert ((found[name] != 0).sum(), found[name][place].tolist()) == (2, [1, 1])
+    assert set(found["constant"].ravel()) == {0.5}
+    assert (found["spike"] == 16).sum() == 1
+    assert np.median(np.abs(found["spike"])) < 4
+
+
+@pytest.mark.parametrize("bounds", [{"low": 0.0, "high": 1.0}, {"low": -2.0}, {"high": 3.0}, {"low": 0.0, "high": 0.0}])
+def test_no_edge_leaves_a_stated_range(bounds: dict[str, float]) -> None:
+    x = synthesize(one((5, 4), **bounds)).arrays["x"]
+    assert x.min() >= bounds.get("low", -np.inf)
+    assert x.max() <= bounds.get("high", np.inf)
+    assert np.abs(x).max() <= 3
+
+
+def test_integers_have_edges_beside_those_of_floats() -> None:
+    """The inputs' edges share a row each; a law that suits only one of them leaves the other ordinary."""
+    found = edge_samples(TensorSpec("x", (None, 4), "float32"), TensorSpec("t", (None, 8), "int32", low=0.0, high=9.0))
+    tokens = {name: sample["t"].tolist() for name, sample in found.items()}
+    assert (tokens["zeros"], tokens["all high"]) == ([0] * 8, [9] * 8)
+    assert tokens["first only"] == [9] + [0] * 7
+    assert tokens["last only"] == [0] * 7 + [9]
+    assert (tokens["ends in zeros"][4:], tokens["begins with zeros"][:4]) == ([0] * 4, [0] * 4)
+    assert any(tokens["ends in zeros"][:4])
+    assert any(tokens["begins with zeros"][4:])
+    for name in ("large", "far from zero", "tiny"):
+        assert len(set(tokens[name])) > 2
+
+
+@pytest.mark.parametrize(("count", "edges"), [(1, 0), (2, 1), (4, 2), (6, 3), (16, 4), (32, 8), (64, 15), (256, 15)])
+def test_edges_grow_with_the_samples_up_to_a_quarter(count: int, edges: int) -> None:
+    assert f"the last {edges} edge cases" in synthesize(one((3, 2)), count=count).source
+
+
+def test_edges_that_suit_no_input_take_no_room() -> None:
+    samples = synthesize(one((), "bool"))
+    assert "the last 3 edge cases" in samples.source
+    assert samples.arrays["x"][-3:].tolist() == [False, True, False]
+
+
+def test_edges_may_be_left_out() -> None:
+    samples = synthesize(one((3,)), count=20, edges=0)
+    assert "the last 0 edge cases" in samples.source
+    assert samples.arrays["x"][-1].std() > 0
+    assert "the last 2 edge cases" in synthesize(one((3,)), count=20, edges=2).source
+
+
+@pytest.mark.parametrize(("size", "edges", "seen"), [(256, 0, True), (257, 0, False), (220, None, True)])
+def test_each_entry_of_a_vocabulary_is_looked_up(size: int, edges: int | None, seen: bool) -> None:
+    """64 samples of 4 have room for 256 entries, 55 beside nine edge samples for 220; more are drawn at random."""
+    samples = synthesize(one((4,), "int32", low=0.0, high=size - 1.0), count=64, edges=edges)
+    ordinary = samples.arrays["x"][: 64 if edges == 0 else 55]
+    assert (len(np.unique(ordinary)) == size) == seen
+
+
+SIZES: dict[str, tuple[Signature, list[list[tuple[int, ...]]]]] = {
+    "nothing open": (one((4, 3)), []),
+    "sequence": (one((None, 3)), [[(5, 3)], [(40, 3)]]),
+    "tokens": (one((None,), "int32", low=0.0, high=9.0), [[(5,)], [(40,)]]),
+    "image": (one((None, None, 3)), [[(24, 40, 3)], [(96, 128, 3)]]),
+    "channels first": (one((3, None, None)), [[(3, 24, 40)], [(3, 96, 128)]]),
+    "one side": (one((8, None, 3)), [[(8, 24, 3)], [(8, 96, 3)]]),
+    "volume": (one((None, None, None, 1)), [[(24, 40, 24, 1)], [(64, 32, 64, 1)]]),
+    "several": (
+        takes(TensorSpec("a", (None, None, 2), "float32"), TensorSpec("b", (None, None), "int32")),
+        [[(5, 2), (5,)], [(40, 2), (40,)]],
+    ),
+    "beside a fixed one": (
+        takes(TensorSpec("a", (None, 7), "float32"), TensorSpec("b", (None, None), "int32")),
+        [[(7,), (5,)], [(7,), (40,)]],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SIZES)
+def test_open_sizes_are_tried_at_others(case: str) -> None:
+    signature, sizes = SIZES[case]
+    sets = other_sizes(signature)
+    assert [[array.shape[1:] for array in samples.arrays.values()] for samples in sets] == sizes
+    for samples, size in zip(sets, sizes, strict=True):
+        assert samples.count == 4
+        assert all("x".join(map(str, each)) in samples.source for each in size)
+        assert all(len(np.unique(array, axis=0)) == 4 for array in samples.arrays.values())
+
+
+def test_other_sizes_keep_a_fixed_batch() -> None:
+    signature = takes(TensorSpec("x", (6, None), "float32"))
+    assert [samples.count for samples in other_sizes(signature)] == [6, 6]
 
 
 @pytest.mark.parametrize(

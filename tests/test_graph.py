@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from nets import enliven, inputs_for
 
-from deploykit import graph
+from deploykit import graph, runtimes
 from deploykit.errors import UnsupportedModelError
+from deploykit.export import export
 
 L = keras.layers
 
@@ -484,3 +485,28 @@ def test_a_layer_whose_config_forgets_its_name_keeps_it():
     x = keras.Input((4,), name="x")
     model = keras.Model(x, Nameless(name="mine")(x))
     assert graph.signature(graph.canonical(model)) == graph.signature(model)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: L.Conv2D(4, 3, activation="relu"),
+        lambda: L.MaxPooling2D(),
+        lambda: L.BatchNormalization(),
+        lambda: L.Flatten(),
+        lambda: L.Dense(3),
+        lambda: keras.Sequential([keras.Input((6, 5, 2)), L.Conv2D(3, 2), L.BatchNormalization(), L.Flatten()]),
+        lambda: L.TimeDistributed(L.Dense(3)),
+    ],
+)
+def test_any_number_of_steps_is_gone_through(make, tmp_path):
+    """Keras 3.15 in a graph goes through as many steps as there are samples."""
+    x = keras.Input((None, 6, 5, 2), name="x")
+    model = keras.Model(x, L.TimeDistributed(make(), name="y")(x))
+    enliven(model, 0)
+    data = np.random.default_rng(0).normal(size=(3, 7, 6, 5, 2)).astype("float32")
+    inner = model.get_layer("y").layer
+    expected = np.stack([np.asarray(inner(data[:, step], training=False)) for step in range(7)], axis=1)
+    for runtime, file in (("keras", model), ("onnxruntime-cpu", export(model, tmp_path / "net.onnx").path)):
+        session = runtimes.open(runtime, file)
+        np.testing.assert_allclose(session.run({"x": data})["y"], expected, rtol=1e-5, atol=1e-6)

@@ -13,9 +13,9 @@ PACKAGE = Path(__file__).resolve().parent.parent / "deploykit"
 
 # Highest first; modules of one row may import each other.
 ORDER = [
-    {"cli"},
-    {"deploy", "drawing", "inspection", "migrate"},
-    {"check", "bench", "bundle"},
+    {"cli", "pytest_plugin"},
+    {"ci", "deploy", "drawing", "inspection", "migrate"},
+    {"check", "bench", "bundle", "bisect", "worst_case", "gradients"},
     {"fuse", "export", "load", "runtimes", "archive", "health"},
     {"graph", "channels", "opaque"},
     {"affine", "compare", "stats", "report", "data", "environment"},

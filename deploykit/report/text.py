@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from deploykit.report.ci_text import ci
 from deploykit.report.markdown import against, fused_in_short
 from deploykit.report.wording import count, decibels, milliseconds, origin, ratio, size, small
 
@@ -339,6 +340,7 @@ RENDERERS: Mapping[str, Callable[[Json, Console], None]] = {
     "deploykit.bench/1": bench,
     "deploykit.deploy/1": deploy,
     "deploykit.migrate/1": migrate,
+    "deploykit.ci/1": ci,
 }
 
 

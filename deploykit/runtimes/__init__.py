@@ -5,12 +5,15 @@ A runtime executes a model on a device. `open` gives a `Session`, whatever the r
     with contextlib.closing(open("onnxruntime-cpu", "model.onnx", threads=2)) as session:
         outputs = session.run({"image": x})     # a dict in the order of session.signature.outputs
 
-`RUNTIMES` is the table: the name people type, the module that implements it, the file kinds it reads
-and the extra that installs it. A runtime module has one function, ``session(model, *, threads)``. A
-new runtime is one row here and one file beside this one.
+`RUNTIMES` is the table: the name people type, how the runtime is called, the module that implements it,
+the file kinds it reads and the extra that installs it. A runtime module has one function,
+``session(model, *, threads)``. A new runtime is one row here and one file beside this one; `FileSession`
+in `deploykit.runtimes.files` is what those that read a file share.
 
 Sessions never run on another device than the one they were opened for: a provider that would fall
-back to the CPU in silence is an error.
+back to the CPU in silence is an error. They compute in the file's own precision: where a runtime would
+round to less by default (TF32 on a GPU, bfloat16 on a CPU that has it) that is switched off, and ``notes``
+say so. They print nothing and report to nobody.
 """
 
 from __future__ import annotations
@@ -42,6 +45,10 @@ class Session(Protocol):
     def signature(self) -> Signature:
         """Names, shapes and dtypes, in the model's own order."""
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """How it computes where that is not the runtime's default, and where; a report prints them."""
+
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Outputs by name, in the order of the signature. Raises DataError for inputs that do not fit."""
 
@@ -58,20 +65,39 @@ class Runtime:
     suffixes: tuple[str, ...]
     packages: tuple[str, ...]
     extra: str | None = None  # None: comes with deploykit itself
+    title: str = ""  # as its makers call it, for messages; the name where it is empty
+    ordered: bool = True  # False: its files address tensors by name only, and their order means nothing
 
 
 RUNTIMES: dict[str, Runtime] = {
     row.name: row
     for row in (
-        Runtime("keras", "deploykit.runtimes.keras_tf", (".keras",), ("keras", "tensorflow")),
-        Runtime("onnxruntime-cpu", "deploykit.runtimes.onnxruntime_cpu", (".onnx",), ("onnxruntime",)),
+        Runtime("keras", f"{__name__}.keras_tf", (".keras",), ("keras", "tensorflow")),
+        # of the runtimes that read a kind of file the first is taken where none is named
+        Runtime("onnxruntime-cpu", f"{__name__}.onnxruntime_cpu", (".onnx",), ("onnxruntime",), title="ONNX Runtime"),
+        Runtime(
+            "onnxruntime-cuda", f"{__name__}.onnxruntime_cuda", (".onnx",), ("onnxruntime",), "gpu", "ONNX Runtime"
+        ),
+        Runtime(
+            "onnxruntime-tensorrt",
+            f"{__name__}.onnxruntime_tensorrt",
+            (".onnx",),
+            ("onnxruntime",),
+            "gpu",
+            "ONNX Runtime",
+        ),
+        Runtime("openvino", f"{__name__}.openvino_cpu", (".onnx",), ("openvino",), "openvino", "OpenVINO"),
+        Runtime("onnx-reference", f"{__name__}.onnx_reference", (".onnx",), ("onnx",), title="onnx's evaluator"),
+        Runtime("litert", f"{__name__}.litert", (".tflite",), ("ai_edge_litert",), "litert", "LiteRT", ordered=False),
     )
 }
 
 
-def _missing(row: Runtime, package: str) -> MissingComponentError:
-    install = "deploykit" if row.extra is None else f"deploykit[{row.extra}]"
-    return MissingComponentError(f"runtime {row.name} needs {package}; install it with: pip install '{install}'")
+def missing(name: str, component: str) -> MissingComponentError:
+    """The error that says which extra brings what a runtime needs."""
+    extra = RUNTIMES[name].extra
+    install = "deploykit" if extra is None else f"deploykit[{extra}]"
+    return MissingComponentError(f"runtime {name} needs {component}; install it with: pip install '{install}'")
 
 
 def open(name: str, model: Any, *, threads: int | None = None) -> Session:
@@ -92,7 +118,7 @@ def open(name: str, model: Any, *, threads: int | None = None) -> Session:
         package = (error.name or "").partition(".")[0]
         if package not in row.packages:
             raise
-        raise _missing(row, package) from error
+        raise missing(name, package) from error
     session: Session = module.session(model, threads=threads)
     return session
 
@@ -104,6 +130,23 @@ def runtime_for(path: str | os.PathLike[str]) -> str:
     """
     suffix = Path(path).suffix.lower()
     return next((row.name for row in RUNTIMES.values() if suffix in row.suffixes), "keras")
+
+
+def signature_like(session: Session, reference: Signature) -> Signature:
+    """The session's signature, in the order of ``reference`` where its files have no order of their own.
+
+    A .tflite file addresses tensors by name and lists them alphabetically: there another order is no difference,
+    other names are.
+    """
+    found = session.signature
+    if RUNTIMES[session.runtime].ordered:
+        return found
+
+    def arranged(mine: Sequence[TensorSpec], theirs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
+        place = {spec.name: index for index, spec in enumerate(theirs)}
+        return tuple(sorted(mine, key=lambda spec: place.get(spec.name, len(place))))
+
+    return Signature(arranged(found.inputs, reference.inputs), arranged(found.outputs, reference.outputs))
 
 
 def fitted(inputs: Mapping[str, Array], specs: Sequence[TensorSpec]) -> list[Array]:
@@ -128,6 +171,14 @@ def _fit(array: Array, spec: TensorSpec) -> Array:
         raise DataError(f"input {spec} was given an array of shape {list(array.shape)}; reshape the data to fit")
     if array.dtype == spec.dtype:
         return array
-    if array.dtype.kind not in "OSU" and np.can_cast(array.dtype, spec.dtype, "safe"):
+    if _holds(spec.dtype, array.dtype):
         return array.astype(spec.dtype)
     raise DataError(f"input {spec} was given {array.dtype} data; convert it to {spec.dtype} first")
+
+
+def _holds(wide: str, narrow: np.dtype[Any]) -> bool:
+    """Whether ``wide`` can hold every number of ``narrow``."""
+    try:
+        return narrow.kind not in "OSU" and np.can_cast(narrow, wide, "safe")
+    except TypeError:  # a dtype that numpy does not have, such as bfloat16
+        return False

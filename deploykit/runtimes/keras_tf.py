@@ -38,6 +38,7 @@ class KerasSession:
     """A `deploykit.runtimes.Session` over a traced keras.Model. The model is shared, not copied."""
 
     runtime = NAME
+    notes: tuple[str, ...] = ()
 
     def __init__(self, model: Any) -> None:
         self._model: Any = model

@@ -2,19 +2,19 @@
 
 Graph optimisation stays at ONNX Runtime's default (all), because that is what people deploy. The
 provider is named explicitly and checked after loading; its messages are not printed (errors are raised).
+What the other providers of ONNX Runtime need of this is `opened` and `over`.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from deploykit.errors import DataError, InputError, LoadError
-from deploykit.runtimes import Array, fitted
+from deploykit.errors import InputError
+from deploykit.runtimes import Array
+from deploykit.runtimes.files import FileSession, file_of, unreadable
 from deploykit.signature import Signature, TensorSpec
 from deploykit.verify import import_onnxruntime
 
@@ -40,49 +40,38 @@ def _spec(node: Any) -> TensorSpec:
     return TensorSpec(node.name, shape, DTYPES.get(node.type, node.type))
 
 
-class OnnxRuntimeSession:
-    """A `deploykit.runtimes.Session` over an ``InferenceSession``."""
-
-    runtime = NAME
-
-    def __init__(self, session: Any, path: Path) -> None:
-        self._session: Any = session
-        self._path = path
-        self.signature = Signature(
-            tuple(_spec(node) for node in session.get_inputs()), tuple(_spec(node) for node in session.get_outputs())
-        )
-
-    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        if self._session is None:
-            raise InputError(f"the session of {self._path} is closed; open it again")
-        arrays = fitted(inputs, self.signature.inputs)
-        feed = {spec.name: array for spec, array in zip(self.signature.inputs, arrays, strict=True)}
-        names = [spec.name for spec in self.signature.outputs]
-        try:
-            outputs = self._session.run(names, feed)
-        except Exception as error:  # ONNX Runtime's exception classes are not public
-            raise DataError(f"ONNX Runtime cannot run {self._path} on this data: {error}") from error
-        return {name: np.asarray(output) for name, output in zip(names, outputs, strict=True)}
-
-    def close(self) -> None:
-        self._session = None
-
-
-def session(model: str | os.PathLike[str], *, threads: int | None = None) -> OnnxRuntimeSession:
-    """Load an ONNX file; external data is found beside it."""
-    if not isinstance(model, str | os.PathLike):
-        raise InputError(f"runtime {NAME} runs .onnx files, not {type(model).__name__} objects; give a path")
-    path = Path(model)
-    if not path.is_file():
-        raise LoadError(f"{path} does not exist or is no file; give the path of an .onnx file")
-    options = ort.SessionOptions()
-    options.log_severity_level = QUIET
+def opened(
+    model: str | bytes, provider: str, options: Mapping[str, str], threads: int | None, entries: Mapping[str, str]
+) -> Any:
+    """An ``InferenceSession`` on one provider. ``entries`` are session configuration entries."""
+    settings = ort.SessionOptions()
+    settings.log_severity_level = QUIET
     if threads is not None:
-        options.intra_op_num_threads = threads
+        settings.intra_op_num_threads = threads
+    for key, value in entries.items():
+        settings.add_session_config_entry(key, value)
+    return ort.InferenceSession(model, settings, providers=[(provider, dict(options))], enable_fallback=0)
+
+
+def over(loaded: Any, name: str, path: Path, notes: Sequence[str] = ()) -> FileSession:
+    """The session over an ``InferenceSession``."""
+    signature = Signature(tuple(map(_spec, loaded.get_inputs())), tuple(map(_spec, loaded.get_outputs())))
+    names = [spec.name for spec in signature.outputs]
+
+    def compute(arrays: dict[str, Array]) -> Sequence[Array]:
+        outputs: Sequence[Array] = loaded.run(names, arrays)
+        return outputs
+
+    return FileSession(name, path, signature, compute, loaded, notes)
+
+
+def session(model: str | os.PathLike[str], *, threads: int | None = None) -> FileSession:
+    """Load an ONNX file; external data is found beside it."""
+    path = file_of(NAME, model)
     try:
-        loaded = ort.InferenceSession(os.fspath(path), options, providers=[PROVIDER])
+        loaded = opened(os.fspath(path), PROVIDER, {}, threads, {})
     except Exception as error:  # ONNX Runtime's exception classes are not public
-        raise LoadError(f"ONNX Runtime cannot load {path}: {error}; check that it is a complete .onnx file") from error
+        raise unreadable(NAME, path, error) from error
     if loaded.get_providers() != [PROVIDER]:
         raise InputError(f"ONNX Runtime opened {path} on {loaded.get_providers()} instead of {PROVIDER}")
-    return OnnxRuntimeSession(loaded, path)
+    return over(loaded, NAME, path)

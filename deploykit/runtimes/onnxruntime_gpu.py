@@ -1,0 +1,153 @@
+"""What ONNX Runtime's GPU providers share: is the provider usable here, and did it really take the model?
+
+ONNX Runtime hands a model to the CPU without a word in three cases, each of which is an error here:
+
+1.  The provider is not in the package, or its libraries or the device are missing. A model of one node is
+    opened first: a provider that does not take it cannot be used on this machine, whatever the file.
+2.  The provider fails while it runs. The retry on the CPU is switched off (``enable_fallback=0``).
+3.  The provider has no kernel for some nodes. ONNX Runtime is asked to record where each node went. On the CPU
+    it may leave only *shape arithmetic*, which it puts there on purpose: nodes whose result depends on the shapes of
+    the inputs alone. (``session.disable_cpu_ep_fallback`` refuses those, too, and with them most models whose batch
+    size is free.)
+
+Shape arithmetic is found in the file's graph: an input's values are *live*, and so is all that is computed from
+something live, except by Shape and Size. A node that the file does not know by name counts as arithmetic on values.
+
+Limits: nodes inside the bodies of Loop, Scan and If are not looked at in the file; on the CPU they are refused.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from onnx import AttributeProto, TensorProto, helper
+
+from deploykit.errors import MissingComponentError, ProofError
+from deploykit.runtimes import missing
+from deploykit.runtimes.files import FileSession, file_of, read_onnx, reason, silenced, unreadable
+from deploykit.runtimes.onnxruntime_cpu import opened, ort, over
+
+RECORD = {"session.record_ep_graph_assignment_info": "1"}
+PACKAGE = "onnxruntime-gpu"
+SHOWN = 3  # nodes that a message names
+
+
+@dataclass(frozen=True)
+class Provider:
+    """A GPU provider of ONNX Runtime; ``needs`` is what must be on the machine besides the package."""
+
+    runtime: str
+    name: str
+    options: Mapping[str, str]
+    needs: str
+
+
+def gpu_session(
+    provider: Provider, model: str | os.PathLike[str], *, threads: int | None, notes: tuple[str, ...]
+) -> FileSession:
+    """Load an ONNX file on a GPU provider, entirely.
+
+    Raises MissingComponentError where the provider cannot be used on this machine, and ProofError where it leaves
+    nodes that compute with the inputs' values to the CPU.
+    """
+    path = file_of(provider.runtime, model)
+    require(provider)
+    graph = read_onnx(provider.runtime, path, weights=False).graph
+    try:
+        loaded = opened(os.fspath(path), provider.name, provider.options, threads, RECORD)
+    except Exception as error:  # ONNX Runtime's exception classes are not public
+        raise unreadable(provider.runtime, path, error) from error
+    places = placed(loaded)
+    astray = strayed(places, provider.name, shape_arithmetic(graph))
+    total = sum(map(len, places.values()))
+    if astray or provider.name not in places:
+        named = ", ".join(astray[:SHOWN]) + (", ..." if len(astray) > SHOWN else "")
+        raise ProofError(
+            f"{path} does not run on {provider.name}: {len(astray) or total} of {total} nodes would run elsewhere"
+            f" ({named or 'all of them'}); check it on onnxruntime-cpu, or export it with operators the provider has"
+        )
+    if small := total - len(places[provider.name]):
+        notes = (*notes, f"shape arithmetic of {small} nodes on the CPU")
+    return over(loaded, provider.runtime, path, notes)
+
+
+def require(provider: Provider) -> None:
+    """Open a model of one node on the provider; MissingComponentError, with the reason, where that fails."""
+    if provider.name not in ort.get_available_providers():
+        if _installed(PACKAGE):  # both packages own the module's files, and the one installed last wins
+            raise MissingComponentError(
+                f"runtime {provider.runtime} needs {PACKAGE}, whose files onnxruntime has overwritten;"
+                f" run: pip install --force-reinstall --no-deps {PACKAGE}"
+            )
+        raise missing(provider.runtime, f"{provider.name}, which the installed onnxruntime {ort.__version__} lacks")
+    why = ""
+    with silenced() as said:
+        ort.preload_dlls()  # CUDA and cuDNN, where they were installed by pip
+        try:
+            if provider.name in opened(_one_node(), provider.name, provider.options, None, {}).get_providers():
+                return
+        except Exception as error:  # ONNX Runtime's exception classes are not public
+            why = reason(error)
+        said.seek(0)
+        why = _cause(said.read()) or why or "ONNX Runtime does not say why"
+    raise MissingComponentError(
+        f"runtime {provider.runtime} cannot use {provider.name} on this machine: {why}; it needs {provider.needs}"
+    )
+
+
+def _installed(package: str) -> bool:
+    try:
+        return bool(importlib.metadata.version(package))
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+def _cause(printed: str) -> str:
+    """The reason in what ONNX Runtime printed: a library that cannot be loaded, or what CUDA said."""
+    marks = ("with error: ", "CUDA failure", "CUDA error")
+    for line in printed.splitlines():
+        for mark in marks:
+            if mark in line:
+                return line[line.index(mark) :].removeprefix("with error: ").strip()
+    return ""
+
+
+def _one_node() -> bytes:
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy")
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "probe", [x], [y])
+    model: bytes = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8
+    ).SerializeToString()
+    return model
+
+
+def placed(loaded: Any) -> dict[str, list[str]]:
+    """The names of the nodes that each provider took; of a session that was opened with `RECORD`."""
+    places: dict[str, list[str]] = {}
+    for part in loaded.get_provider_graph_assignment_info():
+        places.setdefault(str(part.ep_name), []).extend(
+            str(node.name) or f"a {node.op_type} without a name" for node in part.get_nodes()
+        )
+    return places
+
+
+def strayed(places: Mapping[str, list[str]], provider: str, harmless: set[str]) -> list[str]:
+    """The nodes that another provider took and that compute with values."""
+    return [node for name, nodes in places.items() if name != provider for node in nodes if node not in harmless]
+
+
+def shape_arithmetic(graph: Any) -> set[str]:
+    """The names of the nodes of an ONNX graph whose results depend on the shapes of its inputs alone."""
+    live = {value.name for value in graph.input} - {tensor.name for tensor in graph.initializer}
+    found = set()
+    for node in graph.node:  # in an order in which they can run
+        nested = any(a.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS) for a in node.attribute)
+        if node.op_type in ("Shape", "Size") or not (nested or live.intersection(node.input)):
+            found.add(node.name)
+        else:
+            live.update(node.output)
+    return found - {""}
