@@ -291,7 +291,7 @@ def _bundles(folder: Path, patterns: Sequence[str], where: str) -> tuple[str, ..
 
 
 def _policy(check: Check) -> Law:
-    return policy_from(check.rtol, check.atol) if check.policy is None else policy_from(precision=check.policy)
+    return policy_from(check.rtol, check.atol, check.policy)
 
 
 def _options(job: Check | Latency) -> Mapping[str, Any]:

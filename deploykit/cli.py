@@ -65,7 +65,10 @@ AllowCode = Annotated[
 ]
 Data = Annotated[
     str | None,
-    typer.Option("--data", help="Real inputs: .npy, .npz, a folder of images, or a Keras data set name."),
+    typer.Option(
+        "--data",
+        help="Real inputs: .npy, .npz, a folder of images or .npz, a Keras data set, or module:function of yours.",
+    ),
 ]
 Samples = Annotated[int | None, typer.Option("--samples", min=1, help="Use at most this many samples.")]
 ImageSize = Annotated[str | None, typer.Option("--image-size", metavar="HxW", help="Resize images, if sizes are free.")]
@@ -304,7 +307,15 @@ def inspect(
         body = inspect_body(loaded)
         _finish(
             terminal,
-            _report("inspect", clock, body, model=str(model), proven=True, notices=loaded.notices),
+            _report(
+                "inspect",
+                clock,
+                body,
+                model=str(model),
+                proven=loaded.opaque is None,
+                reason=loaded.opaque,
+                notices=loaded.notices,
+            ),
         )
 
 
@@ -623,7 +634,7 @@ def _check_bundle(terminal: _Terminal, folder: Path) -> None:
         reason=record["reason"],
         body={
             "passed": record["passed"],
-            "reference": {"model": manifest["source"]["name"], "precision": record["reference"]},
+            "reference": {"model": (manifest.get("source") or {}).get("name"), "precision": record["reference"]},
             "data": "golden data of the bundle",
             "comparisons": record["comparisons"],
         },

@@ -1037,7 +1037,7 @@ def run(model: Any, arrays: Mapping[str, npt.NDArray[Any]], *, batch: int = 32) 
     return [np.concatenate(parts) for parts in zip(*pieces, strict=True)]
 
 
-_MARKS = ("Exception encountered", "Arguments received", "Detected at", "Graph execution error")
+_MARKS = ("<stack traces", "•", "Exception encountered", "Arguments received", "Detected at", "Graph execution error")
 
 
 def _cause(error: Exception) -> str:

@@ -5,8 +5,8 @@ layers to fold, and none that could be built again in float64; so the reference 
 about it is called proven.
 
 The yardstick. What the original's rounding amounts to is then not known. It is estimated from what the model makes of
-errors of the size that float32 makes: every constant, weight and floating input times 1 + `NUDGE_ULPS`·eps·u, u uniform
-in [-1, 1]. A layer y = W·x in float32 answers as an exact one would with other W and x, each off by a few eps
+errors of the size that float32 makes: every weight, larger constant and floating input times 1 + `NUDGE_ULPS`·eps·u, u
+uniform in [-1, 1]. A layer y = W·x in float32 answers as an exact one would with other W and x, each off by a few eps
 (backward error: Higham, *Accuracy and Stability of Numerical Algorithms*, 2nd ed., sec. 3.1); so the nudged answer
 differs from the given one by about as much as two correct evaluation orders do. It knows the model's condition, which
 no fixed tolerance does; `docs/decisions.md` has the comparison with models whose float64 reference is known.
@@ -31,6 +31,7 @@ Array = npt.NDArray[Any]
 Specs = tuple[tuple[str, TensorSpec], ...]
 
 NUDGE_ULPS = 1.0
+NUDGED_ABOVE = 8  # constants of so many values: smaller ones may be sizes, steps and limits
 
 CALLS = frozenset(("PartitionedCall", "StatefulPartitionedCall"))
 SILENT = frozenset(  # what is no work: names, values, and ways to reach them
@@ -82,7 +83,7 @@ class OpaqueGraph(keras.layers.Layer):  # type: ignore[misc]  # Keras has no typ
                 context.context().add_function_def(function)
         specs = [tf.TensorSpec(spec.shape, spec.dtype) for _, spec in graph.inputs]
         self._function = tf.function(self._imported, autograph=False, input_signature=specs)
-        self._function.get_concrete_function()  # which fails where a graph is no graph, and computes nothing
+        self._function.get_concrete_function()  # which fails where a graph is no graph
         self.built = True
 
     def _imported(self, *tensors: Any) -> list[Any]:
@@ -120,8 +121,10 @@ def model_of(graph: Graph, name: str) -> keras.Model:
     """
     inputs = [keras.Input(batch_shape=spec.shape, dtype=spec.dtype, name=spec.name) for _, spec in graph.inputs]
     taken = {spec.name for _, spec in graph.inputs}
+    inner = _fresh("graph", {*taken, *(spec.name for _, spec in graph.outputs)})
+    taken.add(inner)
     outputs = []
-    results = OpaqueGraph(graph, _fresh("graph", {*taken, *(spec.name for _, spec in graph.outputs)}))(*inputs)
+    results = OpaqueGraph(graph, inner)(*inputs)
     for result, (_, spec) in zip(results, graph.outputs, strict=True):
         own = _fresh(spec.name, taken)
         taken.add(own)
@@ -161,9 +164,19 @@ def nudged(model: Any, seed: int) -> keras.Model:
     for node in nodes(definition):
         if node.op == "Const" and tf.dtypes.as_dtype(node.attr["dtype"].type).is_floating:
             value = tf.make_ndarray(node.attr["value"].tensor)
+            if value.size <= NUDGED_ABOVE:
+                continue
             node.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(nudge(value, rng)))
     variables = {node: nudge(value, rng) for node, value in graph.variables.items()}
     return model_of(replace(graph, definition=definition, variables=variables), model.name)
+
+
+def functions_of(attribute: Any) -> Iterator[Any]:
+    """The functions that an attribute of a node names, within one another too."""
+    for function in [attribute.func] if attribute.HasField("func") else attribute.list.func:
+        yield function
+        for inner in function.attr.values():
+            yield from functions_of(inner)
 
 
 def nodes(definition: Any) -> Iterator[Any]:
@@ -181,7 +194,7 @@ def operations(definition: Any) -> Counter[str]:
     def counted(body: Any) -> Counter[str]:
         total: Counter[str] = Counter()
         for node in body:
-            called = [a.func.name for a in node.attr.values() if a.HasField("func")]
+            called = [function.name for a in node.attr.values() for function in functions_of(a)]
             if node.op not in {*SILENT, *CALLS, *bodies}:
                 total[node.op] += 1
             for name in (*called, node.op):

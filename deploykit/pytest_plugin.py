@@ -193,15 +193,11 @@ def _bundles(folder: str) -> Iterator[Path]:
             yield Path(place)
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_make_collect_report(
-    collector: pytest.Collector,
-) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
-    report = yield
-    if isinstance(collector, pytest.Session) and report.result is not None:
-        bundles = collector.config.stash.get(_BUNDLES, ())
-        report.result.extend(BundleCollector.at(collector, folder) for folder in bundles)
-    return report
+@pytest.hookimpl(hookwrapper=True)  # the old way, which every pytest from 7 on knows: this file is in all their runs
+def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, Any, None]:
+    outcome = yield
+    if isinstance(collector, pytest.Session) and (bundles := collector.config.stash.get(_BUNDLES, ())):
+        outcome.get_result().result.extend(BundleCollector.at(collector, folder) for folder in bundles)
 
 
 class BundleFailed(Exception):  # noqa: N818 -- an outcome, told without a traceback

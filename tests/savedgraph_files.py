@@ -75,6 +75,8 @@ def version1(folder):
         y = tf.matmul(x, plain) + resource
         y = V1.cond(training, lambda: y * 0.0, lambda: tf.nn.elu(y))
         session.run(V1.global_variables_initializer())
+        slices = V1.get_variable("slices", (6, 2), partitioner=V1.fixed_size_partitioner(2))  # of no concern to y
+        session.run(V1.variables_initializer(list(slices)))
         V1.saved_model.simple_save(session, str(folder), {"x": x}, {"y": y})
     return {"x": _normal(5, 6)}
 
@@ -89,7 +91,21 @@ def fixed(folder):
     return {"x": _normal(1, 4)}
 
 
-GOOD = {function.__name__: function for function in (exported, recurrent, twins, version1, fixed)}
+def branches(folder):
+    """Branches that read what is outside of them; assertions and prints; a range and a transform."""
+    kernel = tf.Variable(_normal(8, 8))
+
+    def answer(x):
+        tf.debugging.assert_greater(tf.shape(x)[0], 0)
+        tf.print("seen", x[0, 0])
+        x = tf.cond(tf.reduce_sum(x * x) < 0, lambda: x * 2.0, lambda: x @ kernel @ tf.transpose(kernel))
+        return {"graph": x + tf.range(0.0, 8.0, 1.0), "spectrum": tf.abs(tf.signal.rfft(x))}
+
+    write(folder, answer, tf.TensorSpec((None, 8), tf.float32, name="graph"), rest=kernel)
+    return {"graph": _normal(5, 8)}
+
+
+GOOD = {function.__name__: function for function in (exported, recurrent, twins, version1, fixed, branches)}
 
 
 def write(folder: Path, function, *specs, **named) -> Path:

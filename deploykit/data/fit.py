@@ -55,8 +55,6 @@ def fitted(rows: Rows, spec: TensorSpec, where: str, first: int = 0) -> Fitted:
         raise DataError(f"{problem}{batch}; reshape the samples")
     if 0 in shape:
         raise DataError(f"{problem}; give at least one sample")
-    if rows.dtype.kind == "O":
-        raise DataError(f"{where} holds Python objects, which are never read; save plain numbers")
     if spec.dtype == "string" and rows.dtype.kind not in "US":
         raise DataError(f"{problem}; give strings")
     if spec.dtype != "string" and rows.dtype.kind not in "biuf":

@@ -169,6 +169,9 @@ def _rename(graph: Any, outer: Mapping[str, str], names: _Names, nodes: Sequence
         for place, read in zip(_places(node, opset), node.input, strict=True):
             if read in constants and read not in new:
                 new[read] = names.fresh(f"{name}/{place}")
+        for read in _reads(node):  # what is left is read by a loop body or branch, from outside of it
+            if read in constants and read not in new:
+                new[read] = names.fresh(f"{name}/captured")
         for i, made in enumerate(node.output):
             if made and made not in new:
                 new[made] = names.fresh(f"{name}:{i}")

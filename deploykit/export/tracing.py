@@ -179,7 +179,16 @@ def concrete(model: Any, signature: Signature, paths: dict[str, str]) -> Any:
     return function
 
 
-_NOISE = ("Exception encountered", "Arguments received", "Graph execution error", "Detected at node", "File ", "[[")
+_NOISE = (
+    "<stack traces",
+    "•",
+    "Exception encountered",
+    "Arguments received",
+    "Graph execution error",
+    "Detected at node",
+    "File ",
+    "[[",
+)
 
 
 def first_line(error: BaseException) -> str:

@@ -189,11 +189,16 @@ def _opaque(path: Path, weights: Path | None, notices: list[str]) -> keras.Model
         raise LoadError(f"{path} is a TensorFlow graph with its own weights, which --weights cannot replace")
     with state.undisturbed(), state.collected(notices):
         try:
-            return model_of(savedmodel.graph(path), path.resolve().name)
+            graph = savedmodel.graph(path)
+            model = model_of(graph, path.resolve().name)
         except DeploykitError:
             raise
         except Exception as error:  # a damaged graph fails anywhere in TensorFlow
             raise LoadError(f"TensorFlow cannot read the graph of {path} ({_cause(error)}); save it again") from error
+    for symbol, (_, spec) in zip(model.outputs, graph.outputs, strict=True):
+        if (name := symbol._keras_history.operation.name) != spec.name:
+            notices.append(f"output {spec.name} is called {name}, as an input has its name")
+    return model
 
 
 def _fingerprint(path: Path) -> str:
@@ -344,6 +349,8 @@ def _filled(model: keras.Model, weights: Path, described: Contents) -> list[str]
                 return hdf5.fill_beside(file, model, described, str(weights))
             if not hdf5.is_weights(file):
                 raise LoadError(f"{weights} holds no weights; pass a file written by model.save_weights()")
+            if described.is_legacy and not legacy.is_of_keras_3(file):
+                return legacy.fill_archive(file, model, described.config, what=str(weights))
             suffix = ".weights.h5"
     elif reader.format == "json":
         raise LoadError(f"{weights} describes a model but holds no weights; pass a file written by save_weights()")

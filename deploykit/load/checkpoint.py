@@ -89,6 +89,8 @@ class Checkpoint:
         with reading(INDEX, self.path):
             refuse_size(index.stat().st_size, MAX_INDEX_BYTES, INDEX, self.path)
             for key, value in _table(index.read_bytes()):
+                if key.startswith(b"\0"):
+                    continue  # a slice; the entry of the whole says that it has some
                 if key:
                     self.entries[key.decode()] = BundleEntryProto.FromString(value)
                 else:

@@ -1,4 +1,4 @@
-"""SavedModel folders without Keras layers: their graph, judged, cut out and frozen without running any of it.
+"""SavedModel folders without Keras layers: their graph, judged and cut out without running it.
 
 ``tf.saved_model.load`` runs what a graph says it needs to start, and hands out functions that do whatever their
 operations do: read files, write files. Here the graph of one signature is taken out of ``saved_model.pb`` instead:
@@ -13,10 +13,14 @@ Which value belongs to a handle: TensorFlow 2 hands the handles to the signature
 order of ``bound_inputs`` in the tree of objects, and the checkpoint's own tree, walked beside it, names the value.
 Names decide nothing, as two variables may have one. TensorFlow 1 has no objects: there a variable's name is its key.
 
+Assertions and prints, on which no output depends, become nothing. Importing a graph, TensorFlow infers shapes, for
+which it may work out what is constant: sizes that a constant gives are bounded (``SIZED``) before that.
+
 Functions are renamed by their content's hash, since TensorFlow keeps one function of a name for the whole process.
 
 Limits: a signature that takes strings, sparse or ragged tensors, scalars, or a tensor of unknown rank is refused, as is
-a variable that is stored in slices, and a graph whose calls, written out, exceed `MAX_NODES`.
+a variable that is stored in slices, and a graph whose calls, written out, exceed `MAX_NODES`. Sizes that are computed
+from constants are not bounded, and what runs a graph runs it for as long as it takes.
 """
 
 from __future__ import annotations
@@ -27,19 +31,20 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
 
 from deploykit.errors import LoadError, UnsafeModelError, UnsupportedModelError
 from deploykit.load.checkpoint import Checkpoint, reading
 from deploykit.load.contents import printable
-from deploykit.opaque import CALLS, Array, Graph, Specs
+from deploykit.opaque import CALLS, Array, Graph, Specs, functions_of
 from deploykit.signature import TensorSpec
 
 SERVE, DEFAULT = "serve", "serving_default"
 
 MAX_NODES = 1_000_000  # all calls written out
-MAX_CONSTANT_BYTES = 2 << 30  # a constant of one value repeated is short in the file
+MAX_REPEATED_BYTES = 64 << 20  # of constants beyond what the file holds of them: one value repeated is short there
 MAX_FUNCTION_DEPTH = 100
 
 # What a graph may consist of: everything here computes its outputs from its inputs, and does nothing else.
@@ -65,11 +70,27 @@ _NAMES = """
     TensorListSetItem TensorListStack TensorScatterAdd TensorScatterMax TensorScatterMin TensorScatterSub
     TensorScatterUpdate Tile TopK TopKV2 Transpose TruncateDiv TruncateMod Unique Unpack UnsortedSegmentMax
     UnsortedSegmentMin UnsortedSegmentProd UnsortedSegmentSum Where Xdivy Xlogy ZerosLike
+    Complex ComplexAbs EmptyTensorList FFT IRFFT Imag RFFT RFFT2D Real StringFormat TensorListConcatV2
+    TensorListElementShape TensorListGather TensorListPopBack TensorListPushBack TensorListResize TensorArrayGatherV3
+    TensorArrayReadV3 TensorArrayScatterV3 TensorArraySizeV3 TensorArrayV3 TensorArrayWriteV3
     Enter Exit LoopCond Merge NextIteration Switch
     If StatelessIf While StatelessWhile Case StatelessCase PartitionedCall StatefulPartitionedCall
     ReadVariableOp ResourceGather VarHandleOp Variable VariableV2
 """
 OPERATIONS = frozenset(_NAMES.split())
+SINKS = frozenset(("Assert", "Print", "PrintV2"))  # on which outputs wait, but do not depend
+SIZED = {  # operation -> the operand that says how much it makes
+    "Fill": 0,
+    "Range": 1,
+    "Tile": 1,
+    "BroadcastTo": 1,
+    "OneHot": 1,
+    "ScatterNd": 2,
+    "LinSpace": 2,
+    "TensorListReserve": 1,
+    **dict.fromkeys(("ResizeArea", "ResizeBicubic", "ResizeBilinear", "ResizeNearestNeighbor"), 1),
+}
+MAX_ELEMENTS = 1 << 27  # that a constant may ask one operation for
 REFERENCES = frozenset(("Variable", "VariableV2"))  # of TensorFlow 1: the value itself, not a handle
 
 
@@ -88,6 +109,9 @@ def read(path: Path, described: bool) -> Graph:
     with reading("the graph in saved_model.pb", path):
         definition = _pruned(meta.graph_def, inputs, outputs)
     _judge(definition, path)
+    fed = {_producer(name) for name, _ in inputs}
+    if loose := [node.name for node in definition.node if node.op == "Placeholder" and node.name not in fed]:
+        raise LoadError(f"{path}: its outputs need {printable(loose[0])!r}, which is no input of the signature")
     variables = _values(definition, meta.object_graph_def if described else None, path)
     made = meta.meta_info_def.tensorflow_version
     return Graph(_renamed(definition), inputs, outputs, variables, f"signature {name!r}, TensorFlow {printable(made)}")
@@ -137,7 +161,7 @@ def _specs(entries: Mapping[str, Any], kind: str, path: Path) -> Specs:
             dtype = tf.dtypes.as_dtype(info.dtype)
         except TypeError:
             dtype = tf.variant
-        if not (dtype.is_floating or dtype.is_integer or dtype.is_bool) or dtype.is_quantized:
+        if not (dtype.is_floating or dtype.is_integer or dtype.is_bool) or dtype.is_quantized or dtype == tf.bfloat16:
             raise UnsupportedModelError(f"{path}: {label} holds {dtype.name}, which is no array of numbers")
         shape = info.tensor_shape
         if shape.unknown_rank or (kind == "input" and not shape.dim):
@@ -160,9 +184,7 @@ def _producer(reference: str) -> str:
 def _called(node: Any) -> Iterator[str]:
     """The functions that a node names."""
     for attribute in node.attr.values():
-        if attribute.HasField("func"):
-            yield attribute.func.name
-        yield from (function.name for function in attribute.list.func)
+        yield from (function.name for function in functions_of(attribute))
 
 
 def _pruned(graph: Any, inputs: Specs, outputs: Specs) -> Any:
@@ -193,6 +215,7 @@ def _pruned(graph: Any, inputs: Specs, outputs: Specs) -> Any:
             _become(node, "Placeholder", tf.dtypes.as_dtype(ends[name].dtype), shape=ends[name].shape)
         else:
             waiting += map(_producer, node.input)
+    _silence(kept.node)
     called = [name for node in kept.node for name in (*_called(node), node.op) if name in functions]
     taken: set[str] = set()
     while called:
@@ -202,10 +225,22 @@ def _pruned(graph: Any, inputs: Specs, outputs: Specs) -> Any:
         taken.add(name)
         body = kept.library.function.add()
         body.CopyFrom(functions[name])
+        _silence(body.node_def)
         for node in body.node_def:
             node.device = ""
             called += [one for one in (*_called(node), node.op) if one in functions]
     return kept
+
+
+def _silence(nodes: Any) -> None:
+    """Assertions and prints become nothing, which waits for what they waited for."""
+    for node in nodes:
+        if node.op in SINKS:
+            waited = [name for name in node.input if name.startswith("^")]
+            node.op = "NoOp"
+            node.attr.clear()
+            del node.input[:]
+            node.input.extend(waited)
 
 
 def _judge(graph: Any, path: Path) -> None:
@@ -238,17 +273,44 @@ def _judge(graph: Any, path: Path) -> None:
         for node in nodes:
             if any(name not in bodies for name in _called(node)):
                 raise LoadError(f"{path}: {printable(node.name)} calls a function that is not there; save it again")
+            if any(attribute.WhichOneof("value") == "placeholder" for attribute in node.attr.values()):
+                raise LoadError(f"{path}: {printable(node.name)} is not the whole of an operation; save it again")
             if node.op == "Const":
                 constants += _constant_bytes(node, path)
-    if constants > MAX_CONSTANT_BYTES:
-        raise UnsafeModelError(f"{path}: its constants fill {constants >> 20} MiB; refusing to build them")
+        _refuse_sizes(nodes, path)
+    if constants > MAX_REPEATED_BYTES:
+        raise UnsafeModelError(
+            f"{path}: its constants fill {constants >> 20} MiB more than the file holds of them; refusing to build them"
+        )
+
+
+def _refuse_sizes(nodes: Any, path: Path) -> None:
+    """Refuse an operation that a constant asks for more than `MAX_ELEMENTS`."""
+    by_name = {node.name: node for node in nodes}
+    for node in nodes:
+        place = SIZED.get(node.op)
+        if place is None or place >= len(node.input):
+            continue
+        asked = by_name.get(_producer(node.input[place]))
+        while asked is not None and asked.op in ("Identity", "Cast") and asked.input:
+            asked = by_name.get(_producer(asked.input[0]))
+        if asked is None or asked.op != "Const":
+            continue
+        with reading(f"constant {printable(asked.name)!r}", path):
+            sizes = tf.make_ndarray(asked.attr["value"].tensor)
+            count = float(np.abs(sizes.astype(np.float64)).clip(1.0).prod())
+        if count > MAX_ELEMENTS:
+            raise UnsafeModelError(f"{path}: {printable(node.name)} makes {count:.3g} numbers; refusing to build it")
 
 
 def _constant_bytes(node: Any, path: Path) -> int:
     shape = tf.TensorShape(node.attr["value"].tensor.tensor_shape)
     with reading(f"constant {printable(node.name)!r}", path):
         dtype = tf.dtypes.as_dtype(node.attr["dtype"].type) if node.attr["dtype"].type else tf.variant
-        return int(shape.num_elements() or 0) * (dtype.size or 1)
+        if dtype in (tf.resource, tf.variant):
+            raise ValueError("no value")
+        stored = len(node.attr["value"].tensor.tensor_content)
+        return max(0, int(shape.num_elements() or 0) * (dtype.size or 1) - stored)
 
 
 def _renamed(graph: Any) -> Any:
@@ -261,7 +323,7 @@ def _renamed(graph: Any) -> Any:
     for node in (*graph.node, *(node for function in graph.library.function for node in function.node_def)):
         node.op = new.get(node.op, node.op)
         for attribute in node.attr.values():
-            for function in [attribute.func] if attribute.HasField("func") else attribute.list.func:
+            for function in functions_of(attribute):
                 function.name = new[function.name]
     return graph
 

@@ -25,7 +25,16 @@ from deploykit.runtimes import Array, fitted
 NAME = "keras"
 
 
-_NOISE = ("Graph execution error", "Detected at node", "File ", "[[", "Exception encountered", "Arguments received")
+_NOISE = (
+    "<stack traces",
+    "•",
+    "Graph execution error",
+    "Detected at node",
+    "File ",
+    "[[",
+    "Exception encountered",
+    "Arguments received",
+)
 
 
 def _cause(error: Exception) -> str:
