@@ -93,6 +93,7 @@ Markdown = Annotated[
     Path | None,
     typer.Option("--markdown", metavar="PATH", help="Write a pull request's comment.", show_default=False),
 ]
+Html = Annotated[Path | None, typer.Option("--html", metavar="PATH", help="Write a page.", show_default=False)]
 
 
 # --------------------------------------------------------------------------------------------------- terminal
@@ -559,8 +560,21 @@ def check(
     allow_code: AllowCode = False,
     seed: Seed = 0,
     force: Force = False,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Show errors layer by layer, also where all passed.")
+    ] = False,
+    worst_case: Annotated[
+        int, typer.Option("--worst-case", min=0, metavar="N", help="Search the worst input, with N evaluations.")
+    ] = 0,
+    save_worst: Annotated[
+        Path | None, typer.Option("--save-worst", metavar="X.npz", help="Keep that input.", show_default=False)
+    ] = None,
+    gradients: Annotated[
+        bool, typer.Option("--gradients", help="Compare input gradients of Keras candidates.")
+    ] = False,
     junit: Junit = None,
     markdown: Markdown = None,
+    html: Html = None,
     json: Json = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -569,9 +583,14 @@ def check(
     read = [reference, *(candidates or ()), weights, data]
     with _terminal(json, quiet, verbose, force, read) as terminal:
         from deploykit.compare import policy_from
+        from deploykit.files import claim
         from deploykit.report.delivery import claim_targets
 
-        wanted = {"junit": junit, "markdown": markdown}
+        if save_worst is not None and (save_worst.suffix != ".npz" or not worst_case):
+            raise InputError("--save-worst X.npz keeps what --worst-case N finds; give both")
+        wanted = {"junit": junit, "markdown": markdown, "html": html}
+        if save_worst is not None:
+            claim(save_worst, force=force, inputs=read)
         terminal.targets = claim_targets(wanted, force=force, inputs=read, others={"json": json})
 
         law = policy_from(rtol, atol, policy)
@@ -583,6 +602,7 @@ def check(
         from deploykit.check import candidate_for, make_reference
         from deploykit.check import check as run
         from deploykit.deploy import Clock, refusal, samples_for, verdict
+        from deploykit.diagnosis import Wishes, diagnosed
 
         clock = Clock()
         trust = {"custom_objects": tuple(custom_objects or ()), "allow_code": allow_code}
@@ -595,9 +615,18 @@ def check(
             right = make_reference(str(reference), loaded.model, inputs)
             clock.lap("reference")
             terminal.progress("running the candidates")
-            body = check_body(right, run(right, chosen, law, progress=terminal.progress), law)
-        clock.lap("candidates")
+            found = run(right, chosen, law, progress=terminal.progress)
+            body = check_body(right, found, law)
+            clock.lap("candidates")
+            terminal.progress("looking closer")
+            wishes = Wishes(layers, worst_case, save_worst, gradients, seed, force)
+            closer = diagnosed(loaded.model, right, chosen, found, law, wishes)
+            body |= closer.body
+            body["passed"] = body["passed"] and not closer.failures
+        clock.lap("diagnosis")
         proven, reason = verdict(body)
+        if closer.failures:
+            proven, reason = False, closer.failures[0]
         report = _report(
             "check",
             clock,
@@ -605,9 +634,10 @@ def check(
             model=str(reference),
             proven=proven,
             reason=reason,
-            notices=[*loaded.notices, *right.notices],
+            notices=[*loaded.notices, *right.notices, *closer.notices],
+            outputs_written=closer.written,
         )
-        if (why := refusal(body)) is not None:
+        if (why := reason if closer.failures else refusal(body)) is not None:
             _fail_after_report(terminal, report, why)
         _finish(terminal, report)
 
@@ -786,9 +816,7 @@ def ci(
     force: Force = False,
     junit: Junit = None,
     markdown: Markdown = None,
-    html: Annotated[
-        Path | None, typer.Option("--html", metavar="PATH", help="Write a page.", show_default=False)
-    ] = None,
+    html: Html = None,
     json: Json = None,
     quiet: Quiet = False,
     verbose: Verbose = False,

@@ -610,8 +610,8 @@ def _ulp_summary(counts: NDArray[np.int64]) -> dict[str, Any] | None:
     def quantile(share: float) -> float:
         return float(_ULP_EDGES[int(np.searchsorted(reached, math.ceil(share * total)))])
 
-    octaves = [[0.0, int(counts[0])]]
-    for start in range(1, len(counts), _ULP_STEPS):
+    octaves = [[float(_ULP_EDGES[place]), int(counts[place])] for place in (0, 1)]
+    for start in range(2, len(counts), _ULP_STEPS):
         stop = min(start + _ULP_STEPS, len(counts))
         octaves.append([float(_ULP_EDGES[stop - 1]), int(counts[start:stop].sum())])
     return {

@@ -476,3 +476,71 @@ def test_an_export_without_evidence_is_not_written(cli, tmp_path):
     assert json.loads(out)["proven"] is False
     assert "--data" in err
     assert files(tmp_path) == {"m.keras"}
+
+
+# ------------------------------------------------------------------------------------------- a check looks closer
+
+
+@pytest.fixture(scope="module")
+def spoilt(tmp_path_factory) -> Path:
+    """The small CNN of the repository as ONNX, right and with one wrong weight."""
+    import onnx
+
+    from deploykit.export import export
+    from deploykit.load import load
+
+    folder = tmp_path_factory.mktemp("spoilt")
+    proto = onnx.load(export(load(CNN).model, folder / "right.onnx").path)
+    weight = [one for one in proto.graph.initializer if len(one.dims) == 4][1]
+    values = onnx.numpy_helper.to_array(weight).copy()
+    values.flat[5] *= 1.5
+    weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
+    onnx.save(proto, folder / "wrong.onnx")
+    return folder
+
+
+def test_a_failed_check_names_the_layer(cli, spoilt, tmp_path):
+    targets = {kind: tmp_path / f"report.{kind}" for kind in ("json", "junit", "markdown", "html")}
+    options = [part for kind, path in targets.items() for part in (f"--{kind}", path)]
+    code, out, err = cli("check", CNN, spoilt / "wrong.onnx", "--data", SAMPLE, "--samples", 40, *options)
+    assert code == 1
+    assert err.count("\n") == 1
+    assert "the error jumps at down1_conv" in out
+    report = json.loads(targets["json"].read_text())
+    assert report["layers"]["first"] == "down1_conv"
+    assert any(row["status"] == "jump" for row in report["layers"]["rows"])
+    assert all(path.stat().st_size > 500 for path in targets.values())
+
+
+def test_layers_worst_case_and_gradients_of_a_right_candidate(cli, spoilt, tmp_path):
+    fused = tmp_path / "fused.keras"
+    assert cli("fuse", CNN, "-o", fused)[0] == 0
+    asked = ("--layers", "--worst-case", 30, "--save-worst", tmp_path / "worst.npz", "--gradients")
+    files = (spoilt / "right.onnx", fused)
+    code, out, _ = cli("check", CNN, *files, "--data", SAMPLE, "--samples", 40, *asked, "--json", tmp_path / "r.json")
+    assert code == 0, out
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["layers"]["first"] is None
+    assert [part["passed"] for part in report["worst_case"]] == [True, True]
+    assert [part["candidate"] for part in report["gradients"]] == [str(fused)]
+    assert report["outputs_written"] == [str(tmp_path / "worst.npz")]
+    code, _, _ = cli("check", CNN, files[0], "--data", tmp_path / "worst.npz")
+    assert code in (0, 1)  # a single sample: that it can be replayed is what counts
+    refused(cli("check", CNN, files[0], "--save-worst", tmp_path / "x.npz"), "--worst-case")
+    refused(cli("check", CNN, files[0], "--gradients"), "a .keras file")
+
+
+def test_a_policy_of_lower_precision_lets_rounded_weights_pass(cli, spoilt, tmp_path):
+    import onnx
+
+    proto = onnx.load(spoilt / "right.onnx")
+    for weight in proto.graph.initializer:
+        values = onnx.numpy_helper.to_array(weight)
+        if values.dtype == np.float32:
+            weight.CopyFrom(onnx.numpy_helper.from_array(values.astype("float16").astype("float32"), weight.name))
+    onnx.save(proto, tmp_path / "rounded.onnx")
+    data = ("--data", SAMPLE, "--samples", 64)
+    assert cli("check", CNN, tmp_path / "rounded.onnx", *data)[0] == 1
+    assert cli("check", CNN, tmp_path / "rounded.onnx", *data, "--policy", "float16")[0] == 0
+    refused(cli("check", CNN, tmp_path / "rounded.onnx", "--policy", "float12"), "float16")
+    refused(cli("check", CNN, tmp_path / "rounded.onnx", "--policy", "float16", "--rtol", "1"), "one or the other")

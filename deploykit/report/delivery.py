@@ -15,6 +15,7 @@ from deploykit.errors import InputError, OutputError
 from deploykit.files import claim
 from deploykit.report.check_markdown import write_markdown
 from deploykit.report.ci_html import write_ci_page
+from deploykit.report.html import write_page
 from deploykit.report.junit import write_junit
 
 Target = str | os.PathLike[str] | None
@@ -22,7 +23,12 @@ Target = str | os.PathLike[str] | None
 WRITERS: Mapping[str, Callable[..., Path]] = {
     "junit": write_junit,
     "markdown": write_markdown,
-    "html": write_ci_page,  # of deploykit.ci/1
+    "html": lambda report, path, force: PAGES[report["schema"]](report, path, force=force),
+}
+PAGES: Mapping[str, Callable[..., Path]] = {
+    "deploykit.ci/1": write_ci_page,
+    "deploykit.check/1": write_page,
+    "deploykit.deploy/1": write_page,
 }
 
 

@@ -164,6 +164,15 @@ def check(report: Json, console: Console) -> None:
     rows = _check_rows(report)
     reference = report["reference"]
     rows.append(("reference", escape(f"{reference['model']} in {reference['precision']}, on {report['data']}")))
+    for other in report.get("other_sizes", ()):
+        rows.append(("", escape(f"and on {other}")))
+    if layers := report.get("layers"):
+        rows.append(("layers", escape(layers["text"])))
+    for key, label in (("worst_case", "worst case"), ("gradients", "gradients")):
+        for part in report.get(key, ()):
+            rows.append((label, escape(f"{part['candidate']}: {part['text']}")))
+    if report["outputs_written"]:
+        rows.append(("written", escape(", ".join(report["outputs_written"]))))
     console.print(Group(_head(report), _grid(rows + _unproven(report) + _notices(report))))
 
 

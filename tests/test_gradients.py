@@ -1,0 +1,150 @@
+"""Input gradients of original and fused agree, and both with numerical differences; damage shows."""
+
+from __future__ import annotations
+
+import json
+
+import keras
+import numpy as np
+import pytest
+from nets import chain, enliven, inputs_for
+
+from deploykit import graph
+from deploykit.errors import UnsupportedModelError
+from deploykit.fuse import fuse
+from deploykit.gradients import _Gradient, input_gradients
+
+L = keras.layers
+
+
+@pytest.fixture(scope="module")
+def net():
+    x = keras.Input((8, 8, 3), name="x")
+    y = L.Conv2D(5, 3, padding="same", use_bias=False, name="conv")(x)
+    y = L.ReLU(name="relu")(L.BatchNormalization(name="bn")(y))
+    y = L.Add(name="add")([y, L.Conv2D(5, 1, name="skip")(x)])
+    y = L.Flatten(name="flat")(L.MaxPooling2D(name="pool")(y))
+    model = enliven(keras.Model(x, [L.Dense(4, name="head")(y), L.Dense(2, activation="tanh", name="side")(y)]))
+    samples = inputs_for(model, 8)
+    samples["x"][-1] = 0  # sits on the kinks of a net without biases
+    return model, fuse(model, samples=samples).model, samples
+
+
+def test_gradients_of_a_fused_model_agree(net):
+    model, fused, samples = net
+    report = input_gradients(model, fused, samples)
+    assert report.passed
+    (row,) = report.inputs
+    assert row.name == "x"
+    assert row.snr_db > 100
+    assert [(found.model, found.directions + found.skipped) for found in report.differences] == [
+        ("original", 16),
+        ("fused", 16),
+    ]
+    assert all(found.directions >= 8 for found in report.differences)
+    json.dumps(report.to_json(), allow_nan=False)
+    assert report.text().count("agree") == 3
+
+
+def wrong_weight(model):
+    copy = graph.canonical(model)
+    kernel = copy.get_layer("conv").kernel
+    value = graph.numpy(kernel).copy()
+    value[1, 1, 0, 0] *= 1.01
+    kernel.assign(value)
+    return copy
+
+
+class Stopped(L.Layer):
+    """Equal outputs, no gradient: what a careless rewrite may leave behind."""
+
+    def call(self, x):
+        return keras.ops.stop_gradient(x)
+
+
+class Doubled(L.Layer):
+    """A gradient of its own that is not that of what it computes."""
+
+    def call(self, x):
+        return 2 * x - keras.ops.stop_gradient(x)
+
+
+def with_behind(model, layer, kind):
+    """The model with a layer of ``kind`` behind ``layer``."""
+    return keras.models.clone_model(
+        model,
+        call_function=lambda own, *args, **kwargs: (
+            kind(name="damage")(own(*args, **kwargs)) if own.name == layer else own(*args, **kwargs)
+        ),
+        clone_function=lambda own: own,
+    )
+
+
+DAMAGES = {
+    "a wrong weight": wrong_weight,
+    "a stopped gradient": lambda model: with_behind(graph.canonical(model), "relu", Stopped),
+    "a doubled gradient": lambda model: with_behind(graph.canonical(model), "skip", Doubled),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_shows(net, damage):
+    model, fused, samples = net
+    wrong = DAMAGES[damage](fused)
+    if damage != "a wrong weight":  # which outputs do not show
+        for a, b in zip(graph.run(wrong, samples), graph.run(fused, samples), strict=True):
+            np.testing.assert_array_equal(a, b)
+    report = input_gradients(model, wrong, samples)
+    assert not report.passed
+    assert not report.inputs[0].passed
+    assert report.inputs[0].kinks == 0
+    numbers = {found.model: found.passed for found in report.differences}
+    assert numbers == {"original": True, "fused": damage == "a wrong weight"}
+
+
+def test_a_gradient_that_differs_at_a_kink_alone_is_asked_again_beside_it(net, monkeypatch):
+    """One sample's gradient is spoilt once, as a float32 unit on the other side of a kink would."""
+    model, fused, samples = net
+    real, count = _Gradient.at, []
+
+    def flipped(self, arrays):
+        found = real(self, arrays)
+        count.append(self.model.name)
+        if len(count) == 3:  # the candidate's first answer
+            found["x"][2] += 0.1
+        return found
+
+    monkeypatch.setattr(_Gradient, "at", flipped)
+    report = input_gradients(model, fused, samples)
+    assert report.passed
+    assert report.inputs[0].kinks == 1
+
+
+def test_directions_across_a_kink_are_skipped_and_counted():
+    model = chain((3,), L.Dense(400, name="d"), L.ReLU(), L.Dense(2))
+    model.get_layer("d").bias.assign(np.zeros(400))
+    samples = {"x": np.random.default_rng(0).normal(0, 1, (8, 3)).astype(np.float32)}
+    import deploykit.gradients as module
+
+    before = module.STEP
+    try:
+        module.STEP = 1e-2  # so wide that kinks lie in between
+        report = input_gradients(model, model, samples, directions=32)
+    finally:
+        module.STEP = before
+    assert report.passed
+    assert report.differences[0].skipped > 8
+
+
+def test_whole_number_inputs_are_held_fixed_and_alone_they_are_refused():
+    token, x = keras.Input((4,), dtype="int32", name="token"), keras.Input((4, 3), name="x")
+    y = L.Concatenate()([L.Embedding(5, 3)(token), x])
+    model = enliven(keras.Model([token, x], L.Dense(2)(L.BatchNormalization()(y))))
+    samples = inputs_for(model, 4)
+    report = input_gradients(model, fuse(model, samples=samples).model, samples, directions=4)
+    assert report.passed
+    assert [row.name for row in report.inputs] == ["x"]
+    assert report.fixed == ("token",)
+    only = keras.Model(token, L.Dense(2)(L.Flatten()(L.Embedding(5, 3)(token))))
+    with pytest.raises(UnsupportedModelError, match="behind its Embedding"):
+        input_gradients(only, only, {"token": samples["token"]})
