@@ -33,8 +33,8 @@ that goes by the name of what it reads (tf2onnx makes some anew); where there is
 away, and is *skipped*.
 
 Exporters move constants as well (the half of an average goes into the next kernel). So a tensor of an ONNX file is
-wrong only if what is made of it is: where no way leads on from it, through layers whose ratio is above `TOUCHED`, to an
-output, it counts as ``moved``. Right layers have ratios near 0.1.
+wrong only if what is made of it is: where no way leads on from it, through layers whose ratio is above `TOUCHED`, to a
+wrong output, it counts as ``moved``. Right layers have ratios near 0.1, in ill-conditioned nets up to 0.9.
 
 Limits: ONNX Runtime fuses fewer nodes of a copy whose tensors somebody wants to see; a candidate that fails although
 no layer jumps suffers from such an optimisation, or differs on so few samples that a norm over all of them does not
@@ -653,7 +653,7 @@ class _Bisection:
                     yield self._skipped(row)
 
     def _lasting(self, rows: Mapping[int, Sequence[LayerError]]) -> set[int]:
-        """The calls from which an error above `TOUCHED` goes all the way to an output."""
+        """The calls from which an error above `TOUCHED` goes all the way to an output that is wrong."""
         lasting: set[int] = set()
         for node in reversed(self.found.nodes):
             ratios = [
@@ -661,7 +661,8 @@ class _Bisection:
             ]
             readers = (reader.index for tensor in node.outputs for reader in self.found.consumers(tensor))
             ends = any(self.found.is_output(tensor) for tensor in node.outputs)
-            if (not ratios or max(ratios) > TOUCHED) and (ends or any(index in lasting for index in readers)):
+            worst = max(ratios, default=math.inf)
+            if (ends and worst > 1) or (worst > TOUCHED and any(index in lasting for index in readers)):
                 lasting.add(node.index)
         return lasting
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-from xml.etree import ElementTree
 
 import keras
 import numpy as np
@@ -18,7 +16,6 @@ from deploykit.bisect import layer_errors, layouts
 from deploykit.errors import InputError
 from deploykit.export import export
 from deploykit.fuse import fuse
-from deploykit.report.curves import curve
 from deploykit.runtimes import onnxruntime_cpu
 
 L = keras.layers
@@ -139,7 +136,6 @@ def test_a_constant_that_the_exporter_moves_is_no_jump_but_an_error_behind_it_is
     assert report.first is None
     assert by_name(report)["mean"].status == "moved"
     assert by_name(report)["c"].status == "same"
-    assert "mean" in curve(report.to_json())
     proto = onnx.load(tmp_path / "net.onnx")
     initializer(proto, "a/Conv/B", lambda value: 1.01 * value)
     onnx.save(proto, tmp_path / "net.onnx")
@@ -333,29 +329,3 @@ def test_a_file_that_names_no_layer_is_refused(net, tmp_path):
 )
 def test_layouts(have, want, expected):
     assert layouts(have, want) == expected
-
-
-# -------------------------------------------------------------------------------------------------- the curve
-
-
-def test_the_curve_is_an_svg_that_shows_every_measured_layer_and_the_jump(net):
-    model, samples, fused, _ = net
-    candidate = graph.canonical(fused.model)
-    spoil_weight("right", "kernel", (0, 0, 0, 0), 1.1)(candidate)
-    report = layer_errors(model, candidate, samples, fused=fused)
-    text = curve(report.to_json())
-    root = ElementTree.fromstring(text)
-    titles = [title.text for title in root.iter("{http://www.w3.org/2000/svg}title")]
-    measured = [row for row in report.rows if row.snr_db is not None]
-    assert sum(title.startswith(tuple(row.label for row in measured)) for title in titles) >= len(measured)
-    assert any("right (Conv2D)" in title and "jump" in title for title in titles)
-    assert "prefers-color-scheme: dark" in text
-    assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", text)
-
-
-def test_names_in_the_curve_are_escaped_and_nothing_measured_is_said():
-    row = {"layer": '<b>&"x', "class": "Dense", "depth": 1, "status": "jump", "call": 0, "output": 0}
-    row |= {"snr_db": 20.0, "own_snr_db": 140.0, "ratio": 1e5, "note": None}
-    assert "<b>" not in curve({"candidate": "a", "samples": 1, "first": None, "layers": [row]})
-    empty = curve({"candidate": "a", "samples": 1, "first": None, "layers": []})
-    assert "nothing was measured" in "".join(ElementTree.fromstring(empty).itertext())
