@@ -4,8 +4,8 @@
 
 Each MODEL, and random nets of `tests/random_nets.py` by seed, run as a whole in float16 and in bfloat16 (weights,
 activations and sums, as TensorFlow's CPU kernels have it) on 64 synthetic inputs. Printed for each output: the SNR
-against the float64 reference, that of the worst sample, the share of samples whose largest class stays; below: quantiles,
-and how many pass the policies.
+against the float64 reference, that of the worst sample, the share of samples whose largest class stays. Below:
+quantiles, and how many pass the policies.
 """
 
 from __future__ import annotations

@@ -112,6 +112,17 @@ ROWS: dict[str, Any] = {
             },
         ),
     ),
+    "bidirectional_backwards": _sequential(
+        SEQUENCE,
+        (
+            "Bidirectional",
+            {
+                "layer": lambda k: k.layers.LSTM(
+                    3, go_backwards=True, return_sequences=True, recurrent_activation="hard_sigmoid"
+                )
+            },
+        ),
+    ),
     "conv_lstm": _sequential((4, 6, 5, 2), ("ConvLSTM2D", {"filters": 3, "kernel_size": 2})),
     "conv_lstm_hard": _sequential(
         (4, 6, 5, 2),
@@ -317,6 +328,18 @@ def branches(k):
 
 
 @net
+def nested_branches(k):
+    """A hard_sigmoid alone becomes two layers, which makes its branch the longer one."""
+    a = k.Input((6,))
+    plain, bent = (k.layers.Dense(6, name=name)(a) for name in ("plain", "bent"))
+    bent = k.layers.Activation("hard_sigmoid")(bent)
+    body = k.Model(a, k.layers.Subtract()([k.layers.Dense(6, name="next")(plain), bent]), name="body")
+    x = k.Input((2, 6))
+    other = k.models.clone_model(body)
+    return k.Model(x, body(k.layers.Flatten()(k.layers.AveragePooling1D()(k.layers.TimeDistributed(other)(x)))))
+
+
+@net
 def nested_twice(k):
     a, b = k.Input((8, 7, 3)), k.Input((8, 7, 3))
     body = _body(k)
@@ -379,7 +402,8 @@ def training_flag(k):
 
 @net
 def layer_as_activation(k):
-    return k.Sequential([k.layers.InputLayer((6,)), k.layers.Dense(4, activation=k.layers.LeakyReLU(0.2))])
+    activations = (k.layers.LeakyReLU(0.2), k.layers.Softmax(), k.layers.Rescaling(2.0))
+    return k.Sequential([k.layers.InputLayer((6,)), *(k.layers.Dense(4, activation=a) for a in activations)])
 
 
 @net
@@ -487,10 +511,52 @@ def mask_hierarchy(k):
     return k.Model(x, k.layers.GRU(2)(k.layers.TimeDistributed(words)(x)))
 
 
+def _decoder(kind: str) -> Callable[[Any], Any]:
+    """Words in, words out: the decoder has a mask and the states of the encoder."""
+
+    def build(k: Any) -> Any:
+        def layer(**arguments: Any) -> Any:
+            if kind == "Bidirectional":
+                return k.layers.Bidirectional(k.layers.GRU(3, **arguments))
+            return getattr(k.layers, kind)(3, **arguments)
+
+        i, j = k.Input((7,), dtype="int32"), k.Input((6,), dtype="int32")
+        _, *states = layer(return_state=True)(k.layers.Embedding(5, 4, mask_zero=True)(i))
+        y = k.layers.Embedding(5, 4, mask_zero=True)(j)
+        return k.Model([i, j], k.layers.GlobalAveragePooling1D()(layer(return_sequences=True)(y, initial_state=states)))
+
+    return build
+
+
+NETS.update({f"decoder_{kind.lower()}": _decoder(kind) for kind in ("LSTM", "GRU", "Bidirectional")})
+
+
+def _step(k: Any) -> Any:
+    x, s = k.Input((7, 4)), k.Input((3,))
+    return k.Model([x, s], k.layers.GRU(3)(x, initial_state=s))
+
+
+@net
+def decoder_nested(k):
+    i, s = k.Input((7,), dtype="int32"), k.Input((3,))
+    return k.Model([i, s], _step(k)([k.layers.Embedding(5, 4)(i), s]))
+
+
 # Nets that compute something else in Keras 3, so that they must be refused.
 REFUSED: dict[str, Callable[[Any], Any]] = {}
 
-
+REFUSED["mask_beside_states_in_a_model"] = lambda k: k.Model(
+    [i := k.Input((7,), dtype="int32"), s := k.Input((3,))],
+    _step(k)([k.layers.Embedding(5, 4, mask_zero=True)(i), s]),
+)
+REFUSED["activation_dense"] = _sequential(
+    VECTOR, ("Dense", {"units": 3, "activation": lambda k: k.layers.PReLU()}), ("Dense", {"units": 3})
+)
+REFUSED["activation_alone"] = _sequential(VECTOR, ("Activation", {"activation": lambda k: k.layers.PReLU()}))
+REFUSED["activation_wrapped"] = _sequential(
+    SEQUENCE,
+    ("TimeDistributed", {"layer": lambda k: k.layers.Dense(3, activation=k.layers.BatchNormalization())}),
+)
 REFUSED["mask_inside"] = lambda k: k.Model(
     x := k.Input((3, 7, 4)), k.layers.TimeDistributed(k.layers.LSTM(3))(k.layers.Masking()(x))
 )

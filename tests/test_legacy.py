@@ -88,7 +88,11 @@ def test_a_net_answers_as_where_it_was_saved(name, suffix, nets):
 
 
 @pytest.mark.parametrize(
-    "name", ["hard_sigmoid_layer", "gru_before", "rnn_stack", "nested_twice", "operations", "noise"]
+    "name",
+    [
+        *("hard_sigmoid_layer", "gru_before", "rnn_stack", "nested_twice", "operations", "noise"),
+        *("decoder_lstm", "decoder_gru", "decoder_bidirectional", "bidirectional_backwards"),
+    ],
 )
 def test_what_was_loaded_is_a_clean_model_of_keras_3(name, nets, tmp_path):
     loaded = load(nets / f"{name}.h5")
@@ -149,6 +153,28 @@ def test_weights_under_other_names_are_taken_in_the_order_of_the_description(net
     inputs, wanted = known(nets, "branches")
     loaded = load(described(nets, "branches", tmp_path / "net.json"), weights=path)
     assert distance(answers(loaded.model, inputs), wanted) < 2e-6
+
+
+def archived_weights(nets: Path, name: str, path: Path) -> Path:
+    """What `model.save_weights` of tf-keras writes."""
+    with zipfile.ZipFile(nets / f"{name}.keras") as archive:
+        path.write_bytes(archive.read("model.weights.h5"))
+    return path
+
+
+@pytest.mark.parametrize("name", ["hard_sigmoid_dense", "lstm_hard", "nested", "attention"])
+def test_weights_that_tf_keras_saved_alone_are_its_own(name, nets, tmp_path):
+    weights = archived_weights(nets, name, tmp_path / "w.weights.h5")
+    inputs, wanted = known(nets, name)
+    loaded = load(described(nets, name, tmp_path / "net.json"), weights=weights)
+    assert distance(answers(loaded.model, inputs), wanted) < 2e-6
+
+
+def test_weights_that_keras_3_saved_alone_are_taken_as_they_are(nets, tmp_path):
+    model = keras.Sequential([keras.Input((6,)), L.Dense(4, activation="hard_sigmoid")])
+    model.save_weights(weights := tmp_path / "w.weights.h5")
+    loaded = load(described(nets, "hard_sigmoid_dense", tmp_path / "net.json"), weights=weights)
+    np.testing.assert_array_equal(graph.numpy(loaded.model.layers[0].kernel), graph.numpy(model.layers[0].kernel))
 
 
 def test_a_description_of_keras_3_is_filled_too(tmp_path):
@@ -290,6 +316,34 @@ def test_marked_tuples_are_lists(name, nets, tmp_path):
         return [marked(item) for item in value] if isinstance(value, list) else value
 
     agrees(edited(nets / f"{name}.h5", tmp_path / "m.h5", marked), nets, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [("leaky", {"alpha": 0.1}), ("relu6", {"max_value": 6.0, "negative_slope": 0.1, "threshold": 0.2})],
+)
+def test_numbers_that_were_arrays_are_numbers(name, arguments, nets, tmp_path):
+    def marked(config):
+        last = config["config"]["layers"][-1]["config"]
+        assert set(arguments) <= set(last)
+        last.update({key: {"type": "ndarray", "value": value} for key, value in arguments.items()})
+
+    agrees(edited(nets / f"{name}.h5", tmp_path / "m.h5", marked, "2.0.5"), nets, name)
+
+
+def test_what_looks_like_an_array_and_is_none_stays():
+    same = {"a": {"type": "ndarray", "value": 1, "more": 2}, "b": {"type": "list", "value": 1}}
+    assert translation.plain(same) == same
+    assert translation.plain([{"type": "ndarray", "value": [1, 2]}]) == [[1, 2]]
+
+
+@pytest.mark.parametrize(("mode", "told"), [({}, 1), ({"output_mode": "int"}, 1), ({"output_mode": "one_hot"}, 0)])
+def test_bins_of_another_whole_type_are_told(mode, told):
+    entry = {"class_name": "Discretization", "config": {"name": "bins", "bin_boundaries": [0.0, 1.0], **mode}}
+    config = {"name": "m", "layers": [entry], "build_input_shape": [None, 3]}
+    notices = translation.translate({"class_name": "Sequential", "config": config}, what="x").notices
+    assert [notice for notice in notices if "int64" in notice] == list(notices)
+    assert len(notices) == told
 
 
 def test_a_gru_that_does_not_say_resets_before(nets, tmp_path):
@@ -442,6 +496,14 @@ REFUSALS: dict[str, tuple[str, Edit, type[DeploykitError], str]] = {
         UnsupportedModelError,
         "io.read_file",
     ),
+    "an operation with an argument nobody knows": (
+        "operations",
+        lambda c: next(x for x in c["config"]["layers"] if x["name"].startswith("tf.nn.relu"))["inbound_nodes"][0][
+            3
+        ].update(wobble=3),
+        UnsupportedModelError,
+        "'wobble', which has no equivalent",
+    ),
     "a model with its own code": ("dense", lambda c: {**c, "class_name": "MyModel"}, UnsupportedModelError, "MyModel"),
     "a call of nothing": (
         "merges",
@@ -486,7 +548,12 @@ def test_what_has_no_equivalent_is_refused_in_one_line(case, nets, tmp_path):
 
 @pytest.mark.parametrize("name", legacy_nets.REFUSED)
 def test_what_computes_something_else_now_is_refused_in_one_line(name, nets):
-    words = {"training": "training=True", "hard": "hard_sigmoid", "separable": "pads causally"}
+    words = {
+        "training": "training=True",
+        "hard": "hard_sigmoid",
+        "separable": "pads causally",
+        "activation": r"an activation with weights \((PReLU|BatchNormalization)\)",
+    }
     with pytest.raises(UnsupportedModelError, match=words.get(name.partition("_")[0], "sees a mask")) as caught:
         load(nets / f"refused_{name}.h5")
     assert "\n" not in str(caught.value)
@@ -547,7 +614,7 @@ def test_an_attention_behind_a_mask_of_an_unknown_time_is_refused(nets, tmp_path
         load(path)
 
 
-@pytest.mark.parametrize("name", ["mask_concatenate_both", "mask_multiply_both", "mask_rescaling"])
+@pytest.mark.parametrize("name", ["mask_concatenate_both", "mask_multiply_both", "mask_rescaling", "decoder_lstm"])
 def test_a_mask_stays_as_it_was_in_a_clean_file_and_a_flat_copy(name, nets, tmp_path):
     model = load(nets / f"{name}.h5").model
     model.save(tmp_path / "m.keras")
@@ -660,16 +727,46 @@ def test_weights_that_do_not_fit_are_refused_in_one_line(case, nets, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_an_archive_that_lost_a_layer_is_refused(nets, tmp_path):
-    with zipfile.ZipFile(nets / "dense.keras") as archive:
-        archive.extractall(tmp_path / "in")
-    with h5py.File(tmp_path / "in" / "model.weights.h5", "r+") as file:
-        del file["layers/dense_1"]
-    with zipfile.ZipFile(tmp_path / "m.keras", "w") as archive:
-        for name in ("config.json", "metadata.json", "model.weights.h5"):
-            archive.write(tmp_path / "in" / name, name)
-    with pytest.raises(LoadError, match="0 arrays for 2 weights"):
-        load(tmp_path / "m.keras")
+ARCHIVES: dict[str, tuple[Callable[[h5py.File], Any], str]] = {
+    "lost a layer": (lambda file: file.pop("layers/dense_1"), "0 arrays for 2 weights"),
+    "has an activation's weights": (
+        lambda file: file.create_dataset("layers/dense/activation/vars/0", data=np.ones(4)),
+        r"no layer of Keras 3 takes \(layers/dense/activation/vars/0\)",
+    ),
+    "has a model's own weights": (lambda file: file.create_dataset("vars/0", data=np.ones(4)), r"takes \(vars/0\)"),
+    "has a layer more": (
+        lambda file: [file.create_dataset(f"layers/dense_2/vars/{i}", data=np.ones(4)) for i in range(2)],
+        "layers/dense_2/vars/0 and 1 more",
+    ),
+}
+
+
+def rezipped(nets: Path, name: str, folder: Path, change: Callable[[h5py.File], Any]) -> Path:
+    """An archive with other arrays."""
+    with zipfile.ZipFile(nets / f"{name}.keras") as archive:
+        archive.extractall(folder / "in")
+    with h5py.File(folder / "in" / "model.weights.h5", "r+") as file:
+        change(file)
+    with zipfile.ZipFile(folder / "m.keras", "w") as archive:
+        for part in ("config.json", "metadata.json", "model.weights.h5"):
+            archive.write(folder / "in" / part, part)
+    return folder / "m.keras"
+
+
+@pytest.mark.parametrize("case", ARCHIVES)
+def test_an_archive_with_other_arrays_is_refused_in_one_line(case, nets, tmp_path):
+    change, words = ARCHIVES[case]
+    with pytest.raises(DeploykitError, match=words) as caught:
+        load(rezipped(nets, "dense", tmp_path, change))
+    assert "\n" not in str(caught.value)
+
+
+def test_what_training_keeps_in_an_archive_is_no_weight(nets, tmp_path):
+    def trained(file):
+        for path in ("optimizer/vars/0", "layers/dense/_random_generator/vars/0"):
+            file.create_dataset(path, data=np.ones(4))
+
+    agrees(rezipped(nets, "dense", tmp_path, trained), nets, "dense")
 
 
 # ------------------------------------------------------------------------------------------------------- tables

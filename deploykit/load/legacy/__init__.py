@@ -13,7 +13,7 @@ regularizers, constraints of unknown classes) goes with a notice.
 
 from deploykit.load.legacy.config import Translated, modern_name, plain, translate
 from deploykit.load.legacy.graph import build, freeze
-from deploykit.load.legacy.weights import fill_archive, fill_hdf5, layer_order, steepen, stored_names
+from deploykit.load.legacy.weights import fill_archive, fill_hdf5, is_of_keras_3, layer_order, steepen, stored_names
 
 __all__ = [
     "Translated",
@@ -21,6 +21,7 @@ __all__ = [
     "fill_archive",
     "fill_hdf5",
     "freeze",
+    "is_of_keras_3",
     "layer_order",
     "modern_name",
     "plain",

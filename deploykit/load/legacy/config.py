@@ -218,8 +218,13 @@ def translate(
 
 
 def plain(value: Any) -> Any:
-    """JSON in which tuples and shapes, which tf.keras marks, are lists: nothing here needs to know the difference."""
+    """JSON in which tuples, shapes and arrays, which older generations mark, are lists or numbers.
+
+    Nothing here needs to know the difference.
+    """
     if isinstance(value, Mapping):
+        if set(value) == {"type", "value"} and value["type"] == "ndarray":
+            return value["value"]
         if value.get("class_name") in ("__tuple__", "TensorShape") and isinstance(value.get("items"), list):
             return [plain(item) for item in value["items"]]
         return {key: plain(item) for key, item in value.items()}
@@ -440,6 +445,10 @@ class _Translation:
             return {"module": None, "class_name": kind, "config": dict(config), "registered_name": kind}
         arguments = {**DEFAULTS.get(kind, {}), **config, **FIXED.get(kind, {})}
         arguments = self.renamed(kind, modern, arguments, label)
+        if kind == "Bidirectional" and (backward := _counterpart(arguments)) is not None:
+            arguments["backward_layer"] = backward
+        if kind == "Discretization" and arguments.get("output_mode", "int") == "int":
+            self.notices.append(f"{name}: counts its bins in int32, where it may have done so in int64")
         arguments = {key: self.value(key, value, name) for key, value in arguments.items()}
         dtype = self.layer_dtype(arguments.pop("dtype", None))
         arguments |= {} if dtype is None else {"dtype": dtype}
@@ -548,6 +557,15 @@ class _Translation:
             else:
                 self.notices.append(f"{name}: {key} {printable(str(kind))} is unknown and left out; it serves training")
         return found
+
+
+def _counterpart(arguments: Mapping[str, Any]) -> Config | None:
+    """The backward layer of a Bidirectional of which the forward one runs backwards; it was always the other way."""
+    layer = arguments["layer"]
+    if arguments.get("backward_layer") is not None or not layer["config"].get("go_backwards"):
+        return None
+    turned = {"go_backwards": False, "name": f"backward_{layer['config'].get('name', 'layer')}"}
+    return {**layer, "config": {**layer["config"], **turned}}
 
 
 def serialised(module: str, kind: str, config: Mapping[str, Any]) -> Config:

@@ -8,7 +8,8 @@ A functional graph is a list of layers with their calls (``inbound_nodes``); a c
 - ``["_CONSTANT_VALUE", -1, value, ...]`` is a constant in place of a tensor;
 - the calls of a nested model are counted from 1 (0 is its own making), but for a Sequential without an input from 0.
   What the references say decides; where they leave it open, that rule does;
-- recurrent layers get their initial states as further inputs in the list.
+- recurrent layers get their initial states as further inputs in the list, and with them their mask as an argument,
+  which Keras 3 does not find there itself.
 
 Limits: none on sizes; a description that refers to what is not there is damaged and refused in one line.
 """
@@ -21,6 +22,7 @@ from typing import Any
 
 import keras
 from keras import tree
+from keras.src.utils.python_utils import is_default
 
 from deploykit.errors import LoadError, UnsupportedModelError
 from deploykit.graph import inner_layers
@@ -33,6 +35,7 @@ Reference = tuple[str, int, int]
 
 L = keras.layers
 RECURRENT = (L.RNN, L.Bidirectional)
+ACTIVATING = ("activation", "recurrent_activation")  # arguments that may hold a layer
 
 _BN = L.BatchNormalization
 _ELEMENTWISE = (L.Multiply, L.Minimum, L.Maximum)  # they put other values in the place of what is masked now
@@ -47,6 +50,11 @@ _MASK_READERS = (
 
 def _is_keras(layer: Any) -> bool:
     return type(layer).__module__.startswith("keras.src.")
+
+
+def _builds(layer: Any) -> bool:
+    """Whether a layer that was just made has weights to make yet."""
+    return not layer.built and not is_default(layer.build)
 
 
 def _random(layer: Any) -> bool:
@@ -87,6 +95,7 @@ class _Builder:
         self.doubtful: dict[int, str] = {}  # tensors that had a mask which they have not now -> the layer that made it
         self.named: set[int] = set()  # operations that make masks
         self.copies: dict[int, tuple[Any, Any]] = {}  # tensors with masks, and the same without
+        self.maskless: dict[int, Any] = {}  # recurrent layers with states given that would miss a mask from outside
         self.untrained: dict[int, Any] = {}  # layers of which training cannot be seen; alive, or ids are used again
         self.objects = dict(objects)
         self.what = what
@@ -170,7 +179,20 @@ class _Builder:
         )
         if not isinstance(made, keras.layers.Layer):
             raise self.damaged(f"{printable(serialised['class_name'])} is no layer")
+        self.refuse_weighted_activations(made)
         return made
+
+    def refuse_weighted_activations(self, layer: Any) -> None:
+        """Raise where a layer of Keras is activated by a layer with weights, for which its files have no place."""
+        for part in filter(_is_keras, (layer, *inner_layers(layer))):
+            found = [getattr(part, key, None) for key in ACTIVATING]
+            heavy = [x for x in found if isinstance(x, L.Layer) and any(map(_builds, (x, *inner_layers(x))))]
+            if heavy:
+                kind = type(heavy[0]).__name__
+                raise UnsupportedModelError(
+                    f"{self.what}: layer {printable(layer.name)} has an activation with weights ({kind}), which Keras "
+                    f"3 does not save; build the model with {kind} as a layer of its own"
+                )
 
     def part(self, value: Any) -> Any:
         """A model in a wrapper, as Keras serialises it."""
@@ -185,7 +207,10 @@ class _Builder:
             operation = operations.operation(kind, config, entry["name"])
 
             def operate(first: Any, **further: Any) -> list[Any]:
-                result = operation(first if kind in operations.FUNCTION_CLASSES else _single(first), **further)
+                try:
+                    result = operation(first if kind in operations.FUNCTION_CLASSES else _single(first), **further)
+                except UnsupportedModelError as error:
+                    raise UnsupportedModelError(f"{self.what}: {error}") from error
                 return result if isinstance(result, list) else [result]  # what is no list is one, whatever it is
 
             return operate
@@ -210,6 +235,8 @@ class _Builder:
             if isinstance(layer, RECURRENT) and isinstance(first, list):
                 first, *states = first
                 further["initial_state"] = states
+            if isinstance(layer, RECURRENT) and "initial_state" in further and "mask" not in further:
+                further |= self.mask_beside_states(layer, first)
             try:
                 outputs = list(tree.flatten(layer(first, **further)))
             except Exception as error:
@@ -251,6 +278,13 @@ class _Builder:
         old_attention = isinstance(layer, L.MultiHeadAttention) and (0,) < self.saved_by[:2] < (2, 10)
         return isinstance(layer, (*_ELEMENTWISE, *_TOOK)) or old_attention
 
+    def mask_beside_states(self, layer: Any, first: Any) -> Config:
+        """The mask of a recurrent layer's input as an argument: beside states Keras 3 does not look for it itself."""
+        if (mask := _mask(first)) is not None:
+            return {"mask": mask}
+        self.maskless[id(layer)] = layer
+        return {}
+
     def unmasked(self, value: Any) -> Any:
         """A tensor without its mask: what is no layer hands none on, also where the model is called again."""
         if _mask(value) is None:
@@ -270,7 +304,8 @@ class _Builder:
                 inputs[0].shape[0] is not None  # what was masked could get the answer of the step before
                 or any(isinstance(part, _MASK_READERS) for part in inner_layers(layer))
             )
-            if stepwise or (isinstance(layer, L.MultiHeadAttention) and not self.saved_by):
+            missed = isinstance(layer, keras.Model) and any(id(part) in self.maskless for part in inner_layers(layer))
+            if stepwise or missed or (isinstance(layer, L.MultiHeadAttention) and not self.saved_by):
                 raise self.other_mask(layer, layer.name)
         if origin is not None and (isinstance(layer, _MASK_READERS) or not _is_keras(layer)):
             raise self.other_mask(layer, origin)

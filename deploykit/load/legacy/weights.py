@@ -37,6 +37,8 @@ from deploykit.load.legacy.config import MODELS, PRUNED, SPECTRAL, STEEPER, mode
 
 L = keras.layers
 Array = npt.NDArray[Any]
+Order = Mapping[str, "Order"]  # the layers of a model in the order of its description -> those of the model inside
+NO_ORDER: Order = {}
 
 ALIASES = {  # kinds of weights under their old names
     "depthwise_kernel": "kernel",  # of a DepthwiseConv; a SeparableConv says the same in both
@@ -58,6 +60,7 @@ class Stored:
 
     name: str | None
     value: Array
+    origin: str = ""  # the dataset of an archive
 
     @property
     def place(self) -> str:
@@ -148,14 +151,19 @@ def _unpruned(stored: Sequence[Stored]) -> list[Stored]:
 # -------------------------------------------------------------------------------------------- into a layer
 
 
-def leaves(layer: Any) -> list[Any]:
-    """The layers inside that have weights of their own, in the order in which older generations list them."""
+def leaves(layer: Any, order: Order = NO_ORDER) -> list[Any]:
+    """The layers inside that have weights of their own, in the order in which older generations list them.
+
+    ``order``: that of the layers in models inside. Keras 3 sorts them by depth, which a translation may change.
+    """
     if isinstance(layer, keras.Model):
-        return [leaf for inner in layer.layers for leaf in leaves(inner)]
+        turn = {name: number for number, name in enumerate(order)}
+        parts = sorted(layer.layers, key=lambda inner: turn.get(inner.name, 0))
+        return [leaf for inner in parts for leaf in leaves(inner, order.get(inner.name, NO_ORDER))]
     if isinstance(layer, L.Bidirectional):
         return [*leaves(layer.forward_layer), *leaves(layer.backward_layer)]
     if isinstance(layer, L.TimeDistributed):
-        return leaves(layer.layer)
+        return leaves(layer.layer, order)
     if type(layer) is L.RNN:
         return leaves(layer.cell)
     if isinstance(layer, L.StackedRNNCells):
@@ -163,9 +171,9 @@ def leaves(layer: Any) -> list[Any]:
     return [layer]
 
 
-def in_order(layer: Any) -> list[tuple[Any, Any]]:
+def in_order(layer: Any, order: Order = NO_ORDER) -> list[tuple[Any, Any]]:
     """(leaf, weight) in the order of an HDF5 file: all trainable ones, then the others."""
-    pairs = [(leaf, weight) for leaf in leaves(layer) for weight in leaf.weights]
+    pairs = [(leaf, weight) for leaf in leaves(layer, order) for weight in leaf.weights]
     frozen = {id(weight) for weight in layer.non_trainable_weights}
     return [pair for pair in pairs if id(pair[1]) not in frozen] + [pair for pair in pairs if id(pair[1]) in frozen]
 
@@ -182,9 +190,9 @@ class Filler:
     def misfit(self, layer: Any, why: str) -> LoadError:
         return LoadError(f"{self.what}: the weights of layer {printable(layer.name)} do not fit ({why}); is it intact?")
 
-    def fill(self, layer: Any, stored: Sequence[Stored], *, pruned: bool = False) -> None:
+    def fill(self, layer: Any, stored: Sequence[Stored], order: Order = NO_ORDER, *, pruned: bool = False) -> None:
         """All weights of a layer of the model, in the order of `in_order`."""
-        pairs = in_order(layer)
+        pairs = in_order(layer, order)
         try:
             stored = _unpruned(stored) if pruned else [array for array in stored if array.kind != ESTIMATE]
         except ValueError as error:
@@ -236,12 +244,15 @@ def _strings(group: Any, name: str) -> list[str]:
     return [text_of(text) or "" for piece in pieces for text in piece]
 
 
-def layer_order(config: Mapping[str, Any]) -> list[str]:
-    """The layers of a functional description in its own order; a Sequential has no other."""
-    inner = config["config"]
-    if MODELS.get(config["class_name"]) != "Functional" or not isinstance(inner, Mapping):
-        return []
-    return [entry["name"] for entry in inner["layers"]]
+def layer_order(entry: Mapping[str, Any]) -> Order:
+    """The layers of a description in its own order, and of each those of the model inside."""
+    inner = entry.get("config")
+    if entry.get("class_name") not in MODELS:
+        wrapped = inner.get("layer") if isinstance(inner, Mapping) else None
+        return layer_order(wrapped) if isinstance(wrapped, Mapping) else NO_ORDER
+    layers = inner.get("layers", ()) if isinstance(inner, Mapping) else inner or ()
+    named = [(layer.get("name") or layer["config"].get("name"), layer) for layer in layers]
+    return {modern_name(str(name)): layer_order(layer) for name, layer in named}
 
 
 def stored_names(file: h5py.File) -> list[str]:
@@ -265,7 +276,7 @@ def fill_hdf5(
     *,
     what: str,
     backend: str | None,
-    order: Sequence[str] = (),
+    order: Order = NO_ORDER,
     generation: int = 2,
 ) -> list[str]:
     """Fill a model from the layer groups of an open, checked HDF5 file; returns notices. Raises LoadError.
@@ -291,7 +302,7 @@ def fill_hdf5(
         found = {name: [Stored(weight, array) for weight, array in values] for name, values in arrays.items()}
     gone = unused(config) if config is not None else ()  # the model has no layers on which no output depends
     stored = {modern_name(name): values for name, values in found.items() if values and name not in gone}
-    turn = {modern_name(name): number for number, name in enumerate(order)}
+    turn = {name: number for number, name in enumerate(order)}
     layers = sorted((layer for layer in model.layers if layer.weights), key=lambda layer: turn.get(layer.name, 0))
     filler = Filler(what, backend, modern=version.startswith("3."))
     by_name = {layer.name for layer in layers} == set(stored)
@@ -299,7 +310,8 @@ def fill_hdf5(
         raise LoadError(f"{what} has weights for {len(stored)} layers, its model has {len(layers)}; is it intact?")
     for layer, in_turn in zip(layers, stored.values(), strict=True):
         own = stored[layer.name] if by_name else in_turn
-        filler.fill(layer, own, pruned=any(array.kind == "pruning_step" for array in own))
+        within = order.get(layer.name, NO_ORDER)
+        filler.fill(layer, own, within, pruned=any(array.kind == "pruning_step" for array in own))
     return list(dict.fromkeys(filler.notices))
 
 
@@ -314,17 +326,51 @@ def _snake(name: str) -> str:
 
 
 def fill_archive(file: h5py.File, model: keras.Model, config: Mapping[str, Any], *, what: str) -> list[str]:
-    """Fill a model from the ``model.weights.h5`` of a tf-keras archive; ``config`` is the archive's own description."""
+    """Fill a model from the ``model.weights.h5`` of a tf-keras archive; ``config`` is the archive's own description.
+
+    Raises LoadError for arrays that do not fit, UnsupportedModelError for arrays that no layer of the model takes.
+    """
     filler = Filler(what)
+    left = {name for name in _arrays_in(file) if not TRAINING.intersection(name.split("/"))}
     for leaf, arrays, pruned in _archived(file, model, config):
-        if arrays or leaf.weights:
+        left -= {array.origin for array in arrays}
+        if leaf is not None and (arrays or leaf.weights):
             filler.fill(leaf, arrays, pruned=pruned)
+    if left:
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        raise UnsupportedModelError(
+            f"{what} holds weights that no layer of Keras 3 takes ({printable(min(left).lstrip('/'))}{more}); "
+            "build the model from plain layers"
+        )
     return list(dict.fromkeys(filler.notices))
 
 
-Entry = Mapping[str, Any]
-Archived = Iterator[tuple[Any, list["Stored"], bool]]
+def is_of_keras_3(file: h5py.File) -> bool:
+    """Whether weights in the layout of archives were saved by Keras 3, which notes the name of each layer."""
+    named: list[bool] = []
+    file.visititems(lambda name, item: named.append("name" in item.attrs) if name.endswith("vars") else None)
+    return any(named)
 
+
+def _arrays_in(group: Any) -> list[str]:
+    """The paths of all datasets in a group, None for no group, from the root of its file."""
+    found: list[str] = []
+    if group is not None:
+        group.visititems(lambda _, item: found.append(item.name) if isinstance(item, h5py.Dataset) else None)
+    return found
+
+
+Entry = Mapping[str, Any]
+Archived = Iterator[tuple[Any, list[Stored], bool]]
+
+NOTHING = np.empty(0)
+# Groups of what training and randomness keep.
+TRAINING = frozenset(
+    (
+        *("optimizer", "_optimizer", "loss", "compiled_loss", "compiled_metrics", "metrics", "keras_metrics"),
+        *("random_generator", "_random_generator", "seed_generator"),
+    )
+)
 # What is inside a layer: attribute -> how the layer's config describes it.
 INSIDE: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Entry]]] = {
     "Bidirectional": lambda c: {"forward_layer": c["layer"], "backward_layer": c.get("backward_layer") or c["layer"]},
@@ -338,7 +384,10 @@ PARTS: Mapping[type, tuple[str, ...]] = {  # groups that hold the arrays of one 
 
 
 def _archived(group: Any, layer: Any, entry: Entry) -> Archived:
-    """(layer, its arrays, whether it was pruned) for every leaf of a layer or model of the file."""
+    """(layer, its arrays, whether it was pruned) for every leaf of a layer or model of the file.
+
+    No layer: arrays that the model does without.
+    """
     kind, config = entry["class_name"], entry["config"]
     if kind in MODELS:
         entries = config["layers"] if isinstance(config, Mapping) else config
@@ -351,6 +400,7 @@ def _archived(group: Any, layer: Any, entry: Entry) -> Archived:
         for leaf, arrays, _ in _archived(_inside(group, "layer"), layer, config["layer"]):
             yield leaf, [*arrays, *_variables(group)], True
     elif kind == SPECTRAL:  # its own variables are the kernel once more and the estimate
+        yield None, _variables(group), False
         yield from _archived(_inside(group, "layer"), layer, config["layer"])
     elif kind in INSIDE:
         for name, inner in INSIDE[kind](config).items():
@@ -366,9 +416,11 @@ def _counted(group: Any, container: str, pairs: Sequence[tuple[Any, Entry]]) -> 
     for layer, entry in pairs:
         spelled = _snake(entry["class_name"])
         count = used[spelled] = used.get(spelled, -1) + 1
-        if layer is not None:  # inputs and operations are no layers of the model
-            own = _inside(group, f"{container}/{spelled}_{count}" if count else f"{container}/{spelled}")
+        own = _inside(group, f"{container}/{spelled}_{count}" if count else f"{container}/{spelled}")
+        if layer is not None:
             yield from _archived(own, layer, entry)
+        else:  # an input or operation, or a layer on which no output depends
+            yield None, [Stored(None, NOTHING, origin) for origin in _arrays_in(own)], False
 
 
 def _inside(group: Any, name: str) -> Any:
@@ -378,4 +430,5 @@ def _inside(group: Any, name: str) -> Any:
 
 def _variables(group: Any) -> list[Stored]:
     found = _inside(group, "vars")
-    return [] if found is None else [Stored(None, np.asarray(found[name])) for name in sorted(found, key=int)]
+    names = [] if found is None else sorted(found, key=int)
+    return [Stored(None, np.asarray(found[name]), found[name].name) for name in names]
