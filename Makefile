@@ -5,7 +5,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 JOBS   ?= 2
 
-.PHONY: demo test quick lint mutants clean
+.PHONY: demo test slow lint mutants clean
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -20,11 +20,11 @@ demo: $(VENV)/ready ## deploy a trained model on real inputs and show the summar
 	$(BIN)/deploykit deploy models/fashion_cnn.keras --data models/fashion_sample.npz -o build/fashion_cnn --force
 	$(BIN)/python build/fashion_cnn/verify.py
 
-test: $(VENV)/ready-dev ## all tests
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
-
-quick: $(VENV)/ready-dev ## the tests that take seconds
+test: $(VENV)/ready-dev ## the tests, but for those that take more than ten seconds each
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m 'not slow'
+
+slow: $(VENV)/ready-dev ## the others
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m slow
 
 lint: $(VENV)/ready-dev ## style and types
 	$(BIN)/ruff check .

@@ -375,6 +375,7 @@ class Shifted(keras.layers.Layer):
 """
 
 
+@pytest.mark.slow
 def test_own_layers_go_all_the_way_when_given(cli, tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(OWN_LAYER)
     make = (

@@ -164,6 +164,7 @@ def test_check_reads_a_bundle_without_tensorflow(bundle):
     assert subprocess.run([sys.executable, "-c", script, str(bundle[0])], check=False).returncode == 0
 
 
+@pytest.mark.slow
 def test_a_model_without_any_affine_passes_through(tmp_path):
     import keras
 
@@ -190,6 +191,7 @@ def test_an_existing_bundle_is_replaced_only_by_force(bundle, tmp_path):
         deploy(load(MODELS / "mlp_bn_before.keras"), bundle[0], data=SAMPLE)
 
 
+@pytest.mark.slow
 def test_a_fixed_batch_goes_all_the_way(tmp_path):
     report = deploy(
         load(MODELS / "mlp_bn_before.keras"), tmp_path / "b", data=SAMPLE, batch=4, seconds=0.2, processes=1

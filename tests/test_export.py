@@ -332,6 +332,7 @@ for name in names:
 """
 
 
+@pytest.mark.slow
 def test_the_same_model_gives_the_same_bytes_in_any_process_and_order_and_prints_nothing(tmp_path: Path) -> None:
     for name, build in SAVED.items():
         alive(build()).save(tmp_path / f"{name}.keras")

@@ -951,6 +951,7 @@ def test_what_keras_says_becomes_notices(tmp_path: Path, capfd: pytest.CaptureFi
     assert not any(word in said.out + said.err for word in ("printed", "warned", "logged"))
 
 
+@pytest.mark.slow
 def test_a_long_chain_loads(tmp_path: Path) -> None:
     x = inputs = keras.Input((2,))
     limit = sys.getrecursionlimit()

@@ -111,6 +111,7 @@ FIXTURE = """
 """
 
 
+@pytest.mark.slow
 def test_the_fixture_passes_what_is_right_and_tells_what_is_wrong(inner):
     import keras
 

@@ -400,27 +400,30 @@ def _nonsense(meta):
             node.op = "Conv2D" if node.op == "MatMul" else node.op
 
 
-def _body(meta):
-    return next(f for f in meta.graph_def.library.function if any(node.op == "MatMul" for node in f.node_def))
+def _bodies(meta):
+    """The functions that compute something; only some of them are called by the signature."""
+    return [f for f in meta.graph_def.library.function if any(node.op == "MatMul" for node in f.node_def)]
 
 
-def _added(meta, name, op, **attributes):
-    node = _body(meta).node_def.add(name=name, op=op)
-    for key, value in attributes.items():
-        setattr(node.attr[key], *value)
+def _added(body, name, op, dtype=None, value=None):
+    node = body.node_def.add(name=name, op=op)
+    if dtype is not None:
+        node.attr["dtype"].type = dtype
+    if value is not None:
+        node.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(value))
     return node
 
 
 def _sized(meta):
-    dims = _added(meta, "dims", "Const", dtype=("type", 3))
-    dims.attr["value"].tensor.CopyFrom(tf.make_tensor_proto([65536, 65536]))
-    value = _added(meta, "value", "Const", dtype=("type", 1))
-    value.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(1.0))
-    _added(meta, "big", "Fill", T=("type", 1)).input.extend(["dims:output:0", "value:output:0"])
+    for body in _bodies(meta):
+        _added(body, "dims", "Const", 3, [65536, 65536])
+        _added(body, "value", "Const", 1, 1.0)
+        _added(body, "big", "Fill").input.extend(["dims:output:0", "value:output:0"])
 
 
 def _resource(meta):
-    _added(meta, "bad", "Const", dtype=("type", 20))
+    for body in _bodies(meta):
+        _added(body, "bad", "Const", 20)
 
 
 def _inside(meta):
@@ -428,9 +431,11 @@ def _inside(meta):
     hidden = library.function.add()
     hidden.signature.name = "hidden"
     hidden.node_def.add(name="write", op="WriteFile")
-    call = _added(meta, "call", "PartitionedCall")
-    call.attr["f"].func.name = library.function[0].signature.name
-    call.attr["f"].func.attr["T"].func.name = "hidden"
+    for body in _bodies(meta):
+        call = _added(body, "call", "PartitionedCall")
+        call.attr["f"].func.name = "hidden_too"
+        call.attr["f"].func.attr["T"].func.name = "hidden"
+    library.function.add().signature.name = "hidden_too"
 
 
 def _unfed(meta):
@@ -439,7 +444,8 @@ def _unfed(meta):
 
 
 def _placeholder(meta):
-    _body(meta).node_def[0].attr["extra"].placeholder = "T"
+    for body in _bodies(meta):
+        body.node_def[0].attr["extra"].placeholder = "T"
 
 
 SPOILT = {
