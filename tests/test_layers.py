@@ -19,7 +19,7 @@ ORDER = [
     {"fuse", "export", "load", "runtimes", "archive", "health"},
     {"graph", "channels", "opaque"},
     {"affine", "compare", "stats", "report", "data", "environment"},
-    {"verify", "errors", "signature", "files"},
+    {"verify", "errors", "signature", "files", "modules"},
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 FRAMEWORKS = {"keras", "tensorflow", "tf2onnx"}

@@ -24,11 +24,9 @@ import inspect
 import sys
 import sysconfig
 import traceback
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -37,6 +35,7 @@ from deploykit.data.rows import Held, Rows, Spool
 from deploykit.data.samples import Array
 from deploykit.data.sources import Part, Request, Source, part_by_name
 from deploykit.errors import DataError
+from deploykit.modules import import_file, importable
 
 RETURNS = "return an array, a dict of arrays by input name, (x, y), or an iterable of batches of these"
 _LIBRARIES = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
@@ -59,7 +58,7 @@ def read_program(request: Request) -> Source:
     if place.endswith(".py") and not Path(place).is_file():
         raise DataError(f"{where}: there is no file {place}; check the path")
     with _running(where, place):
-        module = _import_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+        module = import_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
     function = getattr(module, name, None)
     if not callable(function):
         raise DataError(f"{where}: {place} has no function {name}; name one that makes samples")
@@ -94,19 +93,14 @@ def _parameters(function: Any, where: str) -> Mapping[str, inspect.Parameter]:
 @contextmanager
 def _running(where: str, place: str) -> Iterator[None]:
     """The user's code may import its neighbours here; what it raises becomes one line, what it prints is no output."""
-    before = list(sys.path)
-    if place.endswith(".py"):
-        sys.path.insert(0, str(Path(place).resolve().parent))
-    else:
-        sys.path.append(str(Path.cwd()))
+    is_file = place.endswith(".py")
+    folder = Path(place).resolve().parent if is_file else Path.cwd()
     try:
-        with contextlib.redirect_stdout(sys.stderr):
+        with importable(folder, first=is_file), contextlib.redirect_stdout(sys.stderr):
             yield
     except (Exception, SystemExit) as error:
         cause = f"{type(error).__name__}: {str(error)[:200]}".removesuffix(": ")
         raise DataError(f"{where} failed with {cause}{_line(error)}; mend it") from error
-    finally:
-        sys.path[:] = before
 
 
 def _line(error: BaseException) -> str:
@@ -117,27 +111,6 @@ def _line(error: BaseException) -> str:
     frames = [f for f in frames if "importlib" not in f.filename]
     own = [f for f in frames if not f.filename.startswith(_LIBRARIES)] or frames
     return f" ({Path(own[-1].filename).name}, line {own[-1].lineno}, in {own[-1].name})" if own else ""
-
-
-def _import_file(path: Path) -> ModuleType:
-    """Import a file under its own name, or under a longer one when that name is another module's."""
-    path = path.resolve(strict=True)
-    name = path.stem
-    if name in sys.modules and getattr(sys.modules[name], "__file__", None) != str(path):
-        name = f"{name}_{zlib.crc32(str(path).encode()):08x}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{path} is no Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
 
 
 # --- what it returns -----------------------------------------------------------------------------------------------

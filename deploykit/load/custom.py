@@ -15,9 +15,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,41 +23,9 @@ from typing import Any
 import keras
 
 from deploykit.errors import CustomObjectError
+from deploykit.modules import import_file, importable
 
 _FLAG = "--custom-objects takes a module, module:Name or a .py file"
-
-
-@contextmanager
-def _importable(folder: Path, *, first: bool) -> Iterator[None]:
-    """Let imports find ``folder``: first for a file's neighbours, last for the working folder."""
-    before = list(sys.path)
-    sys.path.insert(0 if first else len(sys.path), str(folder))
-    try:
-        yield
-    finally:
-        sys.path[:] = before
-
-
-def _import_file(path: Path) -> ModuleType:
-    """Import a file under its own name, or under a longer one when that name is another module's."""
-    path = path.resolve()
-    name = path.stem
-    if name in sys.modules and getattr(sys.modules[name], "__file__", None) != str(path):
-        name = f"{name}_{zlib.crc32(str(path).encode()):08x}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{path} is no Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        with _importable(path.parent, first=True):
-            spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
 
 
 def _import(place: str) -> ModuleType:
@@ -67,8 +33,8 @@ def _import(place: str) -> ModuleType:
         if place.endswith(".py"):
             if not Path(place).is_file():
                 raise CustomObjectError(f"custom objects: there is no file {place}; {_FLAG}")
-            return _import_file(Path(place))
-        with _importable(Path.cwd(), first=False):
+            return import_file(Path(place))
+        with importable(Path.cwd(), first=False):
             return importlib.import_module(place)
     except CustomObjectError:
         raise

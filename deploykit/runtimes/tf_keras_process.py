@@ -146,7 +146,14 @@ def _in_float64(keras: Any, model: Any) -> Any:
 def _reason(error: Exception) -> str:
     """The line of a message that says what is wrong, without the advice behind it."""
     lines = [line.strip() for line in str(error).splitlines()]
-    marks = ("Exception encountered", "Arguments received", "Detected at", "Graph execution error", "Call arguments")
+    marks = (
+        'File "',
+        "Exception encountered",
+        "Arguments received",
+        "Detected at",
+        "Graph execution error",
+        "Call arguments",
+    )
     said = next((line for line in lines if line and not line.startswith(marks)), type(error).__name__)
     return said.partition(". Please")[0][:REASON_LENGTH]
 
