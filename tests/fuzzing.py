@@ -800,10 +800,11 @@ def _watch(folder: Path, deeds: list[str]) -> None:
             if writes and isinstance(path, (str, bytes)) and not os.fsdecode(path).startswith((inside, "/dev/null")):
                 deeds.append(f"opens {os.fsdecode(path)} to write")
         elif event in CHANGING:
-            if isinstance(details[0], (str, bytes)) and not any(
-                isinstance(part, (str, bytes)) and os.fsdecode(part).startswith(inside) for part in details[:2]
-            ):
-                deeds.append(f"{event} {os.fsdecode(details[0])}")
+            paths = [os.fsdecode(part) for part in details[:2] if isinstance(part, (str, bytes))]
+            if isinstance(details[-1], int) and details[-1] >= 0 and event in ("os.remove", "os.rmdir"):
+                paths = [os.path.join(os.readlink(f"/proc/self/fd/{details[-1]}"), path) for path in paths]
+            if paths and not any(path.startswith(inside) for path in paths):
+                deeds.append(f"{event} {paths[0]}")
         elif event in REACHING or event == "pickle.find_class":
             deeds.append(f"{event} {details[:2]!r}"[:200])
 
