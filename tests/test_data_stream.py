@@ -225,7 +225,7 @@ def test_a_file_replaced_while_it_is_read_is_one_line(tmp_path: Path) -> None:
     assert "damaged" in complaint(lambda: stream.head(1))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="open files without a name are counted in /proc")
 @pytest.mark.parametrize("source", [_compressed, _packed_folder, _batches])
 def test_temporary_files_have_no_name_and_go_with_the_stream(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: Callable[[Path], str]
