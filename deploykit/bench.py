@@ -9,48 +9,48 @@ round cancels in the ratio.
     round 2    C B A        ... and mirrored, so that nobody has always the same place or neighbour
 
 A block is what one candidate does in one round: one run that is not timed, then as many as fill ``BLOCK_S``,
-at least 3. The other processes are stopped meanwhile (SIGSTOP): threads that spin while they wait for work
-(ONNX Runtime's do, for more than 50 ms) would take the cores from the one that is measured.
+at least 3. The other processes are stopped meanwhile (`deploykit.runtimes.process`).
 
-A process keeps the memory layout it got, and with it a few percent of speed: within two processes of the *same*
-18 µs file, rounds agree to 1 %, and the ratio of the two is anything from 0.97 to 1.01. Rounds cannot average
-that out, only fresh processes can. So with L = ``LUCK``:
+A process keeps the memory layout it got, and with it a few percent of speed (`deploykit.stats`, ``LUCK``), so:
 
-    stage 1    one process each; every pair's interval, over rounds, is widened by L on both sides
-    stage 2    candidates of a pair that stage 1 leaves undecided get fresh processes, until there are 6 of each;
+    stage 1    one process each; every pair's interval, over rounds, is widened by ``LUCK`` on both sides
+    stage 2    candidates of a pair that stage 1 leaves undecided get fresh processes, until there are 7 of each;
                the pair's interval is then over processes (one value for each: the ratio over its rounds)
 
-With 6 values the interval is their whole range (1 - 2/2^6 = 97 %); from 9 on, one disturbed process does not count.
-On a busy machine a file was called different from itself in 1 of 24 trials; from one process each, unwidened, in
-6 of 8.
-A candidate that is three times slower than
-the others is started once, however slow its runtime's import is.
+A candidate that is three times slower than the others is started once, however slow its runtime's import is.
 
-Every batch size gets fresh processes too, so that memory and caches of one do not show in the other. A candidate
-that cannot load or run, dies or hangs stays in the report with the reason; the others go on. Raw samples are
-kept; medians, intervals and verdicts are `deploykit.stats`'.
+A setting is a batch size, a number of threads and a size of the inputs. Every setting gets fresh processes too, so
+that memory and caches of one do not show in the other, and only candidates in the same setting are compared. A
+candidate that cannot load or run, dies or hangs stays in the report with the reason; the others go on. Raw samples
+are kept; medians, intervals and verdicts are `deploykit.stats`'.
 
-Limits. ``load_ms`` finds the file in the system's cache as it is. Runtimes run on the CPU: GPUs are hidden from
-the workers. Stopping needs Linux; elsewhere blocks start while another process may still spin.
+What makes a number doubtful is data, too: ``warnings``, of which `deploykit.noise` knows those of the machine.
+
+    busy, other_load, steal, frequency      other programs, the hypervisor, the processors' clock
+    unsettled, drift, spread                what the samples themselves show
+    few_rounds, few_samples                 wide intervals, percentiles that are null
+    oversubscribed                          more threads than cores
+    denormals                               numbers below 1.2e-38, on which a processor may be a hundred times slower
+
+Denormals are looked for on request, in the first setting, on ONNX Runtime's CPU: a fresh process whose session
+flushes them to zero takes ``FLUSH_ROUNDS`` short rounds with the candidate's own; warned is where it is faster in each
+of them by more than ``LUCK``.
+
+Limits. ``load_ms`` and ``cold_start_ms`` (from the start of the process to its first answer, the imports included)
+find the files in the system's cache as they are. Runtimes run on the CPU: GPUs are hidden from the workers. Stopping
+needs Linux; elsewhere blocks start while another process may still spin.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
-import json
 import math
 import os
-import queue
-import signal
-import subprocess
-import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,20 +58,22 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from deploykit import environment
+from deploykit import environment, verify
 from deploykit.errors import DataError, InputError
+from deploykit.noise import Doubt, Watch, busy
 from deploykit.runtimes import RUNTIMES, runtime_for
-from deploykit.stats import MIN_ROUNDS, Latency, Ratio
+from deploykit.runtimes.process import NoAnswerError, Process
+from deploykit.stats import LUCK, Latency, Ratio
 
 __all__ = ["BenchReport", "Candidate", "Comparison", "Progress", "Timing", "bench"]
 
 Array = npt.NDArray[Any]
+Arrays = Mapping[str, Array]
 Rounds = tuple[tuple[float, ...], ...]
 
 BLOCK_S = 0.03
 BLOCK_RUNS = (3, 1000)  # at least, at most
-LUCK = 1.10  # two processes of one file may differ by this factor
-PROCESSES = MIN_ROUNDS  # as many as an interval over processes needs
+PROCESSES = 7  # one more than an interval over processes needs: one that was disturbed does not set its end alone
 
 
 @dataclass(frozen=True)
@@ -86,13 +88,19 @@ class _Stage:
     most: int
 
 
-FIRST, LATER = _Stage(1 / 2, 10, 30), _Stage(1 / 10, 4, 6)  # 5 of the second after the first: 60 rounds at most
+FIRST, LATER = _Stage(0.4, 10, 30), _Stage(0.1, 4, 10)  # 6 of the second after the first
 
 TIMEOUT_S = 300.0  # for any one answer of a worker
 
 DRIFT_LIMIT = 1.10  # last quarter of the rounds over the first, or its inverse
 SPREAD_LIMIT = 0.20  # interquartile range of the rounds' medians over their median
 FEW_ROUNDS = 20
+FEW_RUNS = 100  # fewer have no p99
+FREQUENCY_LIMIT = 1.10  # the 90th percentile of the rounds' clocks over the 10th
+
+FLUSH_ROUNDS = 3
+FLUSH_S = 0.01
+FLUSHING = "onnxruntime-cpu"  # the runtime that can flush denormals to zero
 
 # How a runtime is called in a candidate's name: what is run is not always what people expect.
 TITLES = {"keras": "keras (tf.function)"}
@@ -110,14 +118,16 @@ class Candidate:
 
     @classmethod
     def of(cls, model: str | os.PathLike[str], runtime: str | None = None, *, threads: int | None = None) -> Candidate:
-        """A candidate named after its file and runtime; the runtime is found by the file's kind if not given."""
-        runtime = runtime_for(model) if runtime is None else runtime
-        return cls(f"{Path(model).name}, {TITLES.get(runtime, runtime)}", model, runtime, threads)
+        """Named after its file or bundle and its runtime, which is found by the file's kind if not given."""
+        inside = Path(model) / "model.onnx"
+        file = inside if (Path(model) / verify.MANIFEST).is_file() else model
+        runtime = runtime_for(file) if runtime is None else runtime
+        return cls(f"{Path(model).name}, {TITLES.get(runtime, runtime)}", file, runtime, threads)
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What happens next: ``phase`` is "load", "warm" or "round".
+    """What happens next: ``phase`` is "load", "warm", "round" or "flush" (the search for denormals).
 
     ``rounds`` of at most ``limit`` are done by the candidate's processes number ``process``, counted from 1.
     """
@@ -132,10 +142,13 @@ class Progress:
 
 @dataclass(frozen=True)
 class Timing:
-    """What was measured for one candidate at one batch size.
+    """What was measured for one candidate in one setting.
 
     ``processes_s``: the samples, in seconds, of each round of each process; empty where ``failed`` says why.
-    ``input_shapes`` include the batch. ``load_s`` is the median over processes, ``peak_rss_bytes`` the largest.
+    ``input_shapes`` include the batch, ``size`` does not. ``load_s`` and ``cold_start_s`` are medians over processes,
+    ``peak_rss_bytes`` is the largest. ``megahertz``: what the processor ran at after each round, where the system
+    tells. ``denormals``: how many times as fast it is when denormals are zero; None where that makes no difference
+    beyond luck, or was not tried.
     """
 
     candidate: Candidate
@@ -148,6 +161,19 @@ class Timing:
     peak_rss_bytes: int | None = None
     settled: bool = True
     failed: str | None = None
+    cold_start_s: float | None = None
+    megahertz: tuple[float, ...] = ()
+    denormals: float | None = None
+
+    @property
+    def size(self) -> str:
+        """The inputs' sizes without the batch: "224x224x3"; with their names where there are several."""
+        return _size(self.input_shapes)
+
+    @property
+    def setting(self) -> tuple[int, int, str]:
+        """What must be equal for two timings to be compared."""
+        return self.batch, self.threads, self.size
 
     @property
     def rounds_s(self) -> Rounds:
@@ -179,6 +205,14 @@ class Timing:
         low, middle, high = np.percentile(self.medians_s, [25, 50, 75])
         return float((high - low) / middle)
 
+    @property
+    def clock_range(self) -> tuple[float, float] | None:
+        """Slow and fast clock of the processor in MHz: the 10th and 90th percentile over the rounds."""
+        if not self.megahertz:
+            return None
+        slow, fast = np.percentile(self.megahertz, [10, 90])
+        return float(slow), float(fast)
+
     def to_json(self) -> dict[str, Any]:
         """A row of ``candidates`` in ``deploykit.bench/1``."""
         latency = self.latency
@@ -189,16 +223,24 @@ class Timing:
             "runtime": self.candidate.runtime,
             "batch": self.batch,
             "threads": self.threads,
+            "size": self.size,
             "input_shapes": {name: list(shape) for name, shape in self.input_shapes.items()},
             "latency_ms": empty if latency is None else latency.to_json(),
             "throughput": None if latency is None else self.batch / latency.median * 1e3,
+            "cold_start_ms": None if self.cold_start_s is None else self.cold_start_s * 1e3,
             "load_ms": None if self.load_s is None else self.load_s * 1e3,
             "peak_rss_bytes": self.peak_rss_bytes,
             "size_bytes": self.size_bytes,
             "processes": len(self.processes_s),
             "rounds": len(self.rounds_s),
             "runs": sum(map(len, self.rounds_s)),
-            "noise": {"drift": self.drift, "spread": self.spread, "warm_up_settled": self.settled},
+            "noise": {
+                "drift": self.drift,
+                "spread": self.spread,
+                "warm_up_settled": self.settled,
+                "megahertz": None if self.clock_range is None else list(self.clock_range),
+                "denormals": self.denormals,
+            },
             "samples_s": [[list(samples) for samples in rounds] for rounds in self.processes_s],
             "failed": self.failed,
         }
@@ -214,6 +256,7 @@ class Comparison:
     threads: int | None  # None where the two differ
     ratio: Ratio | None
     reason: str | None
+    size: str = ""
 
     @property
     def verdict(self) -> str:
@@ -227,6 +270,7 @@ class Comparison:
             "b": self.b,
             "batch": self.batch,
             "threads": self.threads,
+            "size": self.size,
             **numbers,
             "reason": self.reason,
         }
@@ -234,40 +278,77 @@ class Comparison:
 
 @dataclass(frozen=True)
 class BenchReport:
-    """All timings, by batch size and then in the order of the candidates."""
+    """All timings, by setting and then in the order of the candidates, and what makes them doubtful."""
 
     timings: tuple[Timing, ...]
-    notices: tuple[str, ...]
+    warnings: tuple[Doubt, ...] = ()
 
-    def timing(self, name: str, batch: int | None = None) -> Timing:
-        """The one of this name (and batch, where there are several). Raises InputError where there is none."""
-        found = [t for t in self.timings if t.candidate.name == name and batch in (None, t.batch)]
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """The warnings, as people read them."""
+        return tuple(warning.text for warning in self.warnings)
+
+    def timing(
+        self, name: str, batch: int | None = None, threads: int | None = None, size: str | None = None
+    ) -> Timing:
+        """The one of this name (and setting, where there are several). Raises InputError where there is none."""
+        wanted = (batch, threads, size)
+        found = [
+            timing
+            for timing in self.timings
+            if timing.candidate.name == name
+            and all(want in (None, have) for want, have in zip(wanted, timing.setting, strict=True))
+        ]
         if len(found) != 1:
-            have = ", ".join(f"{t.candidate.name} at batch {t.batch}" for t in self.timings)
-            raise InputError(f"{len(found)} timings are called {name!r} at batch {batch}; there are: {have}")
+            have = ", ".join(f"{t.candidate.name} at {_spelled(t)}" for t in self.timings)
+            said = f"batch {batch}, threads {threads}, size {size}"
+            raise InputError(f"{len(found)} timings are called {name!r} at {said}; there are: {have}")
         return found[0]
 
-    def comparison(self, a: str, b: str, batch: int | None = None) -> Comparison:
-        """Any two candidates at one batch size, said of ``a``."""
-        return _compare(self.timing(a, batch), self.timing(b, batch))
+    def comparison(
+        self, a: str, b: str, batch: int | None = None, threads: int | None = None, size: str | None = None
+    ) -> Comparison:
+        """Any two candidates in one setting, said of ``a``."""
+        return _compare(self.timing(a, batch, threads, size), self.timing(b, batch, threads, size))
 
     @property
     def comparisons(self) -> tuple[Comparison, ...]:
-        """Every pair once, for each batch and number of threads: the one listed later, said of the earlier one."""
+        """Every pair once, for each setting: the one listed later, said of the earlier one."""
         return tuple(
             _compare(later, earlier)
             for place, later in enumerate(self.timings)
             for earlier in self.timings[:place]
-            if (earlier.batch, earlier.threads) == (later.batch, later.threads)
+            if earlier.setting == later.setting
         )
+
+    def renamed(self, names: Mapping[str, str], *, last: str) -> BenchReport:
+        """The same with other names for candidates, the one called ``last`` at the end of every setting."""
+        timings = []
+        for timing in self.timings:
+            name = timing.candidate.name
+            timings.append(replace(timing, candidate=replace(timing.candidate, name=names.get(name, name))))
+        settings = list(dict.fromkeys(timing.setting for timing in timings))
+        timings.sort(key=lambda timing: (settings.index(timing.setting), timing.candidate.name == last))
+        return BenchReport(tuple(timings), self.warnings)
 
     def to_json(self) -> dict[str, Any]:
         """What ``deploykit.bench/1`` has beyond every report's envelope."""
         return {
             "candidates": [timing.to_json() for timing in self.timings],
             "comparisons": [comparison.to_json() for comparison in self.comparisons],
+            "warnings": [warning.to_json() for warning in self.warnings],
             "notices": list(self.notices),
         }
+
+
+def _size(shapes: Mapping[str, Sequence[int]]) -> str:
+    said = {name: "x".join(map(str, shape[1:])) or "scalar" for name, shape in shapes.items()}
+    return next(iter(said.values())) if len(said) == 1 else ", ".join(f"{name} {size}" for name, size in said.items())
+
+
+def _spelled(timing: Timing) -> str:
+    plural = "" if timing.threads == 1 else "s"
+    return f"batch {timing.batch}, {timing.threads} thread{plural}, size {timing.size}"
 
 
 def _compare(a: Timing, b: Timing) -> Comparison:
@@ -275,79 +356,78 @@ def _compare(a: Timing, b: Timing) -> Comparison:
     names = (a.candidate.name, b.candidate.name, a.batch, threads)
     failed = [t.candidate.name for t in (a, b) if t.failed is not None]
     if failed:
-        return Comparison(*names, None, f"{' and '.join(failed)} could not be measured")
+        return Comparison(*names, None, f"{' and '.join(failed)} could not be measured", a.size)
     ratio = _ratio(a.processes_s, b.processes_s)
-    return Comparison(*names, ratio, ratio.reason)
+    return Comparison(*names, ratio, ratio.reason, a.size)
 
 
 def _ratio(a: Sequence[Rounds], b: Sequence[Rounds]) -> Ratio:
-    """Over processes where there are enough of both, else over rounds and widened; see the module's docstring."""
-    pairs = list(zip(a, b, strict=False))  # a candidate that was decided early has fewer
-    if len(pairs) >= MIN_ROUNDS:
-        return Ratio.of([[Ratio.of(*pair).ratio] for pair in pairs], [[1.0]] * len(pairs))
-    found = Ratio.of(*(list(itertools.chain(*side)) for side in zip(*pairs, strict=True)))
-    if found.low is None or found.high is None:
-        return found
-    low, high = found.low / LUCK, found.high * LUCK
-    verdict = "faster" if high < 1 else "slower" if low > 1 else "undecided"
-    doubt = f"one pair of processes may differ by {LUCK - 1:.0%} by luck" if verdict == "undecided" else None
-    return dataclasses.replace(found, low=low, high=high, verdict=verdict, reason=doubt)
+    """Process i of a beside process i of b; a candidate that was decided early has fewer."""
+    return Ratio.of_processes([list(verify.log_ratios(*pair)) for pair in zip(a, b, strict=False)])
 
 
 def bench(
     candidates: Sequence[Candidate],
-    inputs: Mapping[str, Array],
+    inputs: Arrays | Sequence[Arrays],
     *,
     batches: Sequence[int] = (1,),
-    threads: int | None = None,
+    threads: int | Sequence[int] | None = None,
     seconds: float = 4.0,
     seed: int = 0,
     processes: int = PROCESSES,
     focus: str | None = None,
+    limit: float | None = None,
+    denormals: bool = False,
     timeout: float = TIMEOUT_S,
     progress: Callable[[Progress], None] | None = None,
 ) -> BenchReport:
-    """Time every candidate at every batch size, side by side.
+    """Time every candidate in every setting (size of the inputs, threads, batch), side by side.
 
-    ``inputs`` are samples by input name, axis 0 counting them; they are repeated or cut to each batch size.
-    ``threads`` (default: the physical cores this process may use) holds for candidates that do not say
-    otherwise. ``seconds`` is the most that each candidate runs at each batch size, loading and warm-up not
-    counted (but 10 rounds are always measured); ``processes`` the most that are started for it: with less
-    than 6, differences of a few percent stay undecided. ``focus`` names the candidate whose pairs alone are
-    worth more processes (None: every pair is). ``timeout``, in seconds, is how long a worker may
-    take for any one answer. ``seed`` draws the order within rounds. ``progress`` is called before each
-    step, while nothing is being timed.
+    ``inputs`` are samples by input name, axis 0 counting them; they are repeated or cut to each batch size. Several
+    such mappings are several sizes. ``threads`` (default: the physical cores this process may use) holds for
+    candidates that do not say otherwise; several are several settings. ``seconds`` is the most that each candidate
+    runs in each setting, loading and warm-up not counted (but 10 rounds of the first process and 4 of each other are
+    always measured); ``processes`` the most that are started for it: with less than 6, differences of a few percent
+    stay undecided. ``focus`` names the candidate whose pairs alone are worth more processes (None: every pair is);
+    with ``limit``, a ratio to it, processes are also started where that is in doubt. ``denormals``: look whether they
+    slow a candidate, at the price of one more process each. ``timeout``, in seconds, is how long a worker may take for
+    any one answer. ``seed`` draws the order within rounds. ``progress`` is called before
+    each step, while nothing is being timed.
 
     Raises InputError or DataError for a request that makes no sense; a candidate that fails is a row of
     the report. No process outlives the call, whatever ends it.
     """
-    threads = environment.physical_cores() if threads is None else threads
-    _refuse_nonsense(candidates, inputs, batches, threads, seconds, timeout, processes, seed)
-    notices = list(_busy())
-    timings: list[Timing] = []
+    sizes = [inputs] if isinstance(inputs, Mapping) else list(inputs)
+    counts = [environment.physical_cores()] if threads is None else [threads] if isinstance(threads, int) else threads
+    _refuse_nonsense(candidates, sizes, batches, counts, focus, limit)
+    _refuse_numbers(seconds, timeout, processes, seed)
+    cores = environment.cores()
+    warnings = list(busy(cores))
+    watch, timings = Watch(), list[Timing]()
     with tempfile.TemporaryDirectory(prefix="deploykit-bench-") as name:
         folder = Path(name)
-        for batch in batches:
-            feed = {key: _of_batch(np.asarray(array), batch) for key, array in inputs.items()}
+        for arrays, count, batch in itertools.product(sizes, counts, batches):
+            feed = {key: _of_batch(np.asarray(array), batch) for key, array in arrays.items()}
             np.savez(folder / "inputs.npz", **feed)  # type: ignore[arg-type]  # a name is never allow_pickle's
             shapes = {key: array.shape for key, array in feed.items()}
-            lanes = [_Lane(candidate, batch, candidate.threads or threads, folder, timeout) for candidate in candidates]
-            _measure(lanes, processes, focus, seconds, seed, progress or (lambda next_step: None))
+            lanes = [_Lane(candidate, batch, candidate.threads or count, folder, timeout) for candidate in candidates]
+            flush = denormals and not timings
+            job = _Job(processes, focus, limit, seconds, seed, flush, watch, progress or (lambda next_step: None))
+            _measure(lanes, job)
             timings += [lane.timing(shapes) for lane in lanes]
+    warnings += watch.warnings(cores)
     for timing in timings:
-        notices += _noise(timing)
-    return BenchReport(tuple(timings), tuple(notices))
+        warnings += _noise(timing)
+    return BenchReport(tuple(timings), tuple(warnings))
 
 
 def _refuse_nonsense(
     candidates: Sequence[Candidate],
-    inputs: Mapping[str, Array],
+    sizes: Sequence[Arrays],
     batches: Sequence[int],
-    threads: int,
-    seconds: float,
-    timeout: float,
-    processes: int,
-    seed: int,
+    threads: Sequence[int],
+    focus: str | None,
+    limit: float | None,
 ) -> None:
     names = [candidate.name for candidate in candidates]
     if not candidates:
@@ -358,14 +438,26 @@ def _refuse_nonsense(
         raise InputError(f"unknown runtime {', '.join(unknown)}; known are {', '.join(RUNTIMES)}")
     if not batches or min(batches) < 1 or len(set(batches)) < len(batches):
         raise InputError(f"batch sizes are {list(batches)}; give different numbers from 1 on")
-    if lacking := [count for count in (threads, *(c.threads for c in candidates)) if count is not None and count < 1]:
+    own = [candidate.threads for candidate in candidates if candidate.threads is not None]
+    if lacking := [count for count in (*threads, *own) if count < 1]:
         raise InputError(f"threads must be at least 1, not {lacking[0]}")
-    for option, number, least in (("processes", processes, 1), ("seed", seed, 0)):
-        if number < least:
-            raise InputError(f"{option} must be at least {least}, not {number}")
-    for option, value in (("seconds", seconds), ("timeout", timeout)):
-        if not 0 < value < math.inf:
-            raise InputError(f"{option} is {value}; give a positive number")
+    if not threads or len(set(threads)) < len(threads) or (own and len(threads) > 1):
+        raise InputError(f"thread counts are {list(threads)}; give different ones, and none to single candidates")
+    if focus is not None and focus not in names:
+        raise InputError(f"no candidate is called {focus!r}; there are: {', '.join(names)}")
+    if limit is not None and (focus is None or not 0 < limit < math.inf):
+        raise InputError(f"limit is {limit}; give a positive ratio, and as focus the candidate that it is to")
+    if not sizes:
+        raise DataError("no input data; give an array for every input of the model")
+    for inputs in sizes:
+        _refuse_inputs(inputs)
+    if len(shapes := [_size({key: np.shape(array) for key, array in inputs.items()}) for inputs in sizes]) > len(
+        set(shapes)
+    ):
+        raise DataError(f"the inputs' sizes are {', '.join(shapes)}; give different ones")
+
+
+def _refuse_inputs(inputs: Arrays) -> None:
     if not inputs:
         raise DataError("no input data; give an array for every input of the model")
     for name, array in inputs.items():
@@ -373,6 +465,15 @@ def _refuse_nonsense(
             raise DataError(f"input {name} has no samples; axis 0 must count them")
         if np.asarray(array).dtype.hasobject:
             raise DataError(f"input {name} holds Python objects; convert it to an array of numbers")
+
+
+def _refuse_numbers(seconds: float, timeout: float, processes: int, seed: int) -> None:
+    for option, number, least in (("processes", processes, 1), ("seed", seed, 0)):
+        if number < least:
+            raise InputError(f"{option} must be at least {least}, not {number}")
+    for option, value in (("seconds", seconds), ("timeout", timeout)):
+        if not 0 < value < math.inf:
+            raise InputError(f"{option} is {value}; give a positive number")
 
 
 def _of_batch(array: Array, batch: int) -> Array:
@@ -392,113 +493,157 @@ def schedule(count: int, seed: Sequence[int]) -> Iterator[tuple[int, ...]]:
         yield order[::-1]
 
 
-def _measure(
-    lanes: Sequence[_Lane],
-    processes: int,
-    focus: str | None,
-    seconds: float,
-    seed: int,
-    tell: Callable[[Progress], None],
-) -> None:
+@dataclass(frozen=True)
+class _Job:
+    """What `bench` was asked for, as far as one setting needs it; ``flush``: look for denormals."""
+
+    processes: int
+    focus: str | None
+    limit: float | None
+    seconds: float
+    seed: int
+    flush: bool
+    watch: Watch
+    tell: Callable[[Progress], None]
+
+
+def _measure(lanes: Sequence[_Lane], job: _Job) -> None:
     """Both stages; when it returns or raises, no process is left."""
-    for process in range(1, processes + 1):
+    for process in range(1, job.processes + 1):
         with contextlib.ExitStack() as stack:
             for lane in lanes:
                 stack.callback(lane.close)
-            _turns(lanes, process, seconds, (seed, process), tell)
+            _turns(lanes, process, job)
         if process == 1:
-            lanes = _undecided(lanes, focus)
+            lanes = _undecided(lanes, job)
         if not lanes:
             return
 
 
-def _undecided(lanes: Sequence[_Lane], focus: str | None) -> list[_Lane]:
+def _undecided(lanes: Sequence[_Lane], job: _Job) -> list[_Lane]:
     """The candidates about which the first processes leave a question open that matters."""
     doubtful: set[_Lane] = set()
     for pair in itertools.combinations([lane for lane in lanes if lane.failed is None], 2):
-        if focus is not None and all(lane.candidate.name != focus for lane in pair):
+        names = [lane.candidate.name for lane in pair]
+        if job.focus is not None and job.focus not in names:
             continue
-        if _ratio(*(lane.processes_s for lane in pair)).verdict == "undecided":
+        first, second = pair if names[1] == job.focus else pair[::-1]
+        found = _ratio(first.processes_s, second.processes_s)
+        ends = found.interval
+        beyond = job.limit is not None and ends is not None and ends[0] <= job.limit <= ends[1]
+        if found.verdict == "undecided" or beyond:
             doubtful.update(pair)
     return [lane for lane in lanes if lane in doubtful]
 
 
-def _turns(
-    lanes: Sequence[_Lane],
-    process: int,
-    seconds: float,
-    seed: Sequence[int],
-    tell: Callable[[Progress], None],
-) -> None:
+def _turns(lanes: Sequence[_Lane], process: int, job: _Job) -> None:
     """Start a process for each candidate, warm it up, and measure rounds while the stage's time lasts."""
 
-    stage = FIRST if process == 1 else LATER
+    stage, seed = FIRST if process == 1 else LATER, (job.seed, process)
 
     def take(lane: _Lane, phase: str, rounds: int) -> None:
         if lane.failed is None:
-            tell(Progress(lane.candidate.name, lane.batch, phase, rounds, stage.most, process))
+            job.tell(Progress(lane.candidate.name, lane.batch, phase, rounds, stage.most, process))
             getattr(lane, phase)()
 
     for place in next(schedule(len(lanes), seed)):  # who starts first could matter
         take(lanes[place], "load", 0)
         take(lanes[place], "warm", 0)
+    used = sum(lane.computed_s for lane in lanes)
     begin = time.perf_counter()
-    for done, order in enumerate(schedule(len(lanes), (*seed, 1))):
-        alive = sum(lane.failed is None for lane in lanes)
-        spent = time.perf_counter() - begin >= seconds * stage.share * alive
-        if not alive or done == stage.most or (done >= stage.least and done % 2 == 0 and spent):
-            return
-        for place in order:
-            take(lanes[place], "round", done)
+    with job.watch:
+        for done, order in enumerate(schedule(len(lanes), (*seed, 1))):
+            alive = sum(lane.failed is None for lane in lanes)
+            spent = time.perf_counter() - begin >= job.seconds * stage.share * alive
+            if not alive or done == stage.most or (done >= stage.least and done % 2 == 0 and spent):
+                break
+            for place in order:
+                take(lanes[place], "round", done)
+    job.watch.ours_s += sum(lane.computed_s for lane in lanes) - used
+    if job.flush and process == 1:
+        for lane in lanes:
+            if lane.candidate.runtime == FLUSHING:
+                take(lane, "flush", done)
 
 
 class _Lane:
-    """One candidate at one batch size: its worker, and what it answered so far."""
+    """One candidate in one setting: its worker, and what it answered so far."""
 
     def __init__(self, candidate: Candidate, batch: int, threads: int, folder: Path, timeout: float) -> None:
         self.candidate, self.batch, self.threads = candidate, batch, threads
         self.failed: str | None = None
+        self.computed_s = 0.0  # the time of processors that its rounds took
         self._folder, self._timeout = folder, timeout
-        self._worker: _Worker | None = None
+        self._worker: Process | None = None
         self._processes: list[list[tuple[float, ...]]] = []
         self._loads_s: list[float] = []
+        self._cold_s: list[float] = []
+        self._megahertz: list[float] = []
         self._peak: int | None = None
-        self._settled, self._runs = True, BLOCK_RUNS[0]
+        self._denormals: float | None = None
+        self._settled, self._median_s = True, BLOCK_S
 
     @property
     def processes_s(self) -> tuple[Rounds, ...]:
         return tuple(map(tuple, self._processes))
 
-    def load(self) -> None:
+    def _started(self) -> Process:
         handle, log = tempfile.mkstemp(suffix=".log", dir=self._folder)
         with open(handle, "wb") as stream:
-            self._worker = _Worker(stream, Path(log))
-        answer = self._ask(
-            "load",
-            runtime=self.candidate.runtime,
-            model=os.path.abspath(self.candidate.model),
-            threads=self.threads,
-            inputs=str(self._folder / "inputs.npz"),
-            batch=self.batch,
-            options=dict(self.candidate.options),
-        )
+            return Process(stream, Path(log))
+
+    def _load(self, **more: Any) -> dict[str, Any]:
+        return {
+            "runtime": self.candidate.runtime,
+            "model": os.path.abspath(self.candidate.model),
+            "threads": self.threads,
+            "inputs": str(self._folder / "inputs.npz"),
+            "batch": self.batch,
+            "options": dict(self.candidate.options),
+            **more,
+        }
+
+    def load(self) -> None:
+        begin = time.perf_counter()
+        self._worker = self._started()
+        answer = self._ask("load", **self._load())
         if answer is not None:
+            self._cold_s.append(time.perf_counter() - begin)
             self._loads_s.append(answer["load_s"])
             self._processes.append([])
 
     def warm(self) -> None:
         answer = self._ask("warm")
         if answer is not None:
-            least, most = BLOCK_RUNS
-            self._runs = min(most, max(least, math.ceil(BLOCK_S / answer["median_s"])))
+            self._cold_s[-1] += answer["first_s"]
+            self._median_s = answer["median_s"]
             self._settled &= answer["settled"]
             self._grew(answer)
 
     def round(self) -> None:
-        answer = self._ask("run", runs=self._runs)
+        answer = self._ask("run", runs=self._runs(BLOCK_S, BLOCK_RUNS[0]))
         if answer is not None:
             self._processes[-1].append(tuple(answer["samples_s"]))
+            self.computed_s += answer["cpu_s"]
+            if answer["megahertz"] is not None:
+                self._megahertz.append(answer["megahertz"])
             self._grew(answer)
+
+    def flush(self) -> None:
+        """Rounds beside a process that takes denormals for zero. One that cannot is no failure of the candidate."""
+        flushed = self._started()
+        try:
+            flushed.ask("load", self._timeout, self._load(flush=True))
+            runs = {"runs": self._runs(FLUSH_S, 1)}
+            pairs = [(self._ask("run", **runs), flushed.ask("run", self._timeout, runs)) for _ in range(FLUSH_ROUNDS)]
+        except NoAnswerError:
+            return
+        finally:
+            flushed.close()
+        self._denormals = _slowed([(own["samples_s"], zero["samples_s"]) for own, zero in pairs if own is not None])
+
+    def _runs(self, seconds: float, least: int) -> int:
+        return min(BLOCK_RUNS[1], max(least, math.ceil(seconds / self._median_s)))
 
     def _grew(self, answer: Mapping[str, Any]) -> None:
         found: int | None = answer["peak_rss_bytes"]
@@ -511,7 +656,7 @@ class _Lane:
             return None
         try:
             return self._worker.ask(verb, self._timeout, arguments)
-        except _NoAnswerError as error:
+        except NoAnswerError as error:
             self.failed = " ".join(str(error).split())
             self.close()
             return None
@@ -532,99 +677,16 @@ class _Lane:
             self._peak,
             self._settled,
             self.failed,
+            float(np.median(self._cold_s)) if self._cold_s and not self.failed else None,
+            tuple(self._megahertz),
+            self._denormals,
         )
 
 
-# ---------------------------------------------------------------------------------------------------- processes
-
-
-class _NoAnswerError(Exception):
-    """A worker failed, died or took too long; the message is the reason, in words."""
-
-
-# The worker finds modules where this process finds them, and nowhere else: not in the current folder.
-_BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from deploykit.runtimes.worker import main; main()"
-
-_QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"}  # the second hides GPUs: these are CPU timings
-
-
-class _Worker:
-    """A process of `deploykit.runtimes.worker`, stopped whenever it has nothing to answer."""
-
-    def __init__(self, log: Any, log_path: Path) -> None:
-        self._log_path = log_path
-        self._answers: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", _BOOT, json.dumps(sys.path)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            env={**os.environ, **_QUIET},
-            start_new_session=True,  # Ctrl-C goes to this process, which ends the workers in order
-        )
-        threading.Thread(target=self._listen, daemon=True).start()
-
-    def _listen(self) -> None:
-        stream = self._process.stdout
-        assert stream is not None
-        with stream:
-            for line in stream:
-                self._answers.put(line.decode("ascii", "replace"))
-        self._answers.put("")  # the end
-
-    def ask(self, verb: str, timeout: float, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """Let the process run until it has answered. Raises _NoAnswerError, with the reason, where it does not."""
-        stream = self._process.stdin
-        assert stream is not None
-        try:
-            self._resume()
-            stream.write(json.dumps({"do": verb, **arguments}).encode("ascii") + b"\n")
-            stream.flush()
-            line = self._answers.get(timeout=timeout)
-        except OSError:
-            line = ""  # it is gone
-        except queue.Empty:
-            raise _NoAnswerError(f"no answer to {verb} within {timeout:g} s; the worker was ended") from None
-        if not line:
-            raise _NoAnswerError(self._death(verb))
-        self._stop()
-        try:
-            answer: dict[str, Any] = json.loads(line)
-        except ValueError:
-            raise _NoAnswerError(f"unreadable answer to {verb}: {line[:100]!r}") from None
-        if "failed" in answer:
-            raise _NoAnswerError(str(answer["failed"]))
-        return answer
-
-    # Only on Linux is a stopped process sure to die with its parent (see the worker).
-
-    def _resume(self) -> None:
-        if sys.platform == "linux":
-            self._process.send_signal(signal.SIGCONT)
-
-    def _stop(self) -> None:
-        if sys.platform == "linux":
-            self._process.send_signal(signal.SIGSTOP)
-            with contextlib.suppress(ChildProcessError):  # it died; the next command finds out
-                os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
-
-    def _death(self, verb: str) -> str:
-        code = self._process.wait()
-        lines = self._log_path.read_text("utf-8", "replace").split("\n")
-        last = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
-        if code < 0:
-            cause = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
-            hint = " (out of memory?)" if cause == "SIGKILL" else ""
-            return f"the worker was killed by {cause}{hint} during {verb}"
-        return f"the worker ended with code {code} during {verb}: {last[:200]}"
-
-    def close(self) -> None:
-        """End the process at once, stopped or not, and reap it."""
-        self._process.kill()
-        self._process.wait()
-        with contextlib.suppress(OSError):
-            assert self._process.stdin is not None
-            self._process.stdin.close()
+def _slowed(rounds: Sequence[tuple[Sequence[float], Sequence[float]]]) -> float | None:
+    """How many times as long the first of each pair takes; None unless all do by more than luck."""
+    ratios = [float(np.median(own) / np.median(zero)) for own, zero in rounds]
+    return float(np.median(ratios)) if len(ratios) == FLUSH_ROUNDS and min(ratios) > LUCK else None
 
 
 # -------------------------------------------------------------------------------------------------------- files
@@ -670,37 +732,66 @@ def _tensors(graph: Any) -> Iterator[Any]:
 # -------------------------------------------------------------------------------------------------------- noise
 
 
-def _busy() -> Iterator[str]:
-    try:
-        load = os.getloadavg()[0]
-    except (AttributeError, OSError):  # not on every system
-        return
-    count = environment.cores()
-    if load > count:
-        yield f"load average is {load:.1f} on {count} cores: other programs are computing; timings are noisy"
+@dataclass(frozen=True)
+class _Symptom:
+    """A row of `_SYMPTOMS`: when it shows, and how it is said."""
+
+    code: str
+    shows: Callable[[Timing], bool]
+    text: Callable[[Timing], str]
 
 
-# One row per symptom: when it is one, and how it is said.
-_SYMPTOMS: tuple[tuple[Callable[[Timing], bool], Callable[[Timing], str]], ...] = (
-    (lambda t: not t.settled, lambda t: "the warm-up did not settle"),
-    (
-        lambda t: 0 < len(t.rounds_s) < FEW_ROUNDS,
+def _clock(timing: Timing) -> tuple[float, float]:
+    return timing.clock_range or (1.0, 1.0)
+
+
+_SYMPTOMS = (
+    _Symptom("unsettled", lambda t: not t.settled, lambda t: "the warm-up did not settle"),
+    _Symptom(
+        "few_rounds",
+        lambda t: len(t.rounds_s) < FEW_ROUNDS,
         lambda t: f"only {len(t.rounds_s)} rounds fitted into the time; more seconds narrow the interval",
     ),
-    (
+    _Symptom(
+        "few_samples",
+        lambda t: sum(map(len, t.rounds_s)) < FEW_RUNS,
+        lambda t: f"{sum(map(len, t.rounds_s))} runs are too few for p99, which needs {FEW_RUNS}; give more seconds",
+    ),
+    _Symptom(
+        "drift",
         lambda t: t.drift is not None and not 1 / DRIFT_LIMIT <= t.drift <= DRIFT_LIMIT,
         lambda t: f"the last quarter of the rounds took {t.drift:.2f}x the first; trust ratios, not milliseconds",
     ),
-    (
+    _Symptom(
+        "spread",
         lambda t: t.spread is not None and t.spread > SPREAD_LIMIT,
         lambda t: f"the rounds' medians spread by {t.spread:.0%}; close other programs and measure again",
+    ),
+    _Symptom(
+        "frequency",
+        lambda t: _clock(t)[1] > FREQUENCY_LIMIT * _clock(t)[0],
+        lambda t: f"the processor's clock went from {_clock(t)[0]:.0f} to {_clock(t)[1]:.0f} MHz between rounds",
+    ),
+    _Symptom(
+        "oversubscribed",
+        lambda t: t.threads > environment.cores(),
+        lambda t: f"{t.threads} threads share {environment.cores()} cores; give fewer threads",
+    ),
+    _Symptom(
+        "denormals",
+        lambda t: t.denormals is not None,
+        lambda t: (
+            f"{t.denormals:.1f}x as fast when denormal numbers count as zero; look for weights or values below "
+            "1.2e-38, or set ONNX Runtime's session.set_denormal_as_zero"
+        ),
     ),
 )
 
 
-def _noise(timing: Timing) -> Iterator[str]:
+def _noise(timing: Timing) -> Iterator[Doubt]:
     """What the samples themselves say about how far they can be trusted."""
     if timing.failed is None:
-        for shows, text in _SYMPTOMS:
-            if shows(timing):
-                yield f"{timing.candidate.name} at batch {timing.batch}: {text(timing)}"
+        name = timing.candidate.name
+        for row in _SYMPTOMS:
+            if row.shows(timing):
+                yield Doubt(row.code, f"{name} at batch {timing.batch}: {row.text(timing)}", name)

@@ -67,7 +67,7 @@ from deploykit.graph import Node, Ref, Trace, flat_call, functional_form, numpy,
 from deploykit.load import load
 from deploykit.opaque import graph_of
 from deploykit.runtimes.files import file_of, read_onnx, reason, unreadable
-from deploykit.verify import POLICIES, Fidelity, Policy
+from deploykit.verify import FLOAT32, Fidelity, Policy, decibels, norm, number, ratios
 
 Array = npt.NDArray[Any]
 Arrays = Mapping[str, Array]
@@ -173,7 +173,7 @@ def layer_errors(
     samples: Arrays,
     *,
     fused: Fused | None = None,
-    policy: Policy | Fidelity = POLICIES["float32"],
+    policy: Policy | Fidelity = FLOAT32,
 ) -> LayerReport:
     """Compare a candidate (a Keras model, or the path of a Keras or ONNX file) with the original, layer by layer.
 
@@ -185,9 +185,25 @@ def layer_errors(
     if graph_of(original) is not None:
         raise UnsupportedModelError(f"model {original.name} is one TensorFlow graph: it has no layers to bisect")
     found = trace(original)
-    answers = _onnx(candidate, found) if _is_onnx(candidate) else _keras(candidate)
+    answers = _answers(candidate, found)
+    twin = _planned(found, answers) if fused is None else fused.model
     sure = answers.own or fused is not None
-    return _Bisection(found, answers, _twin(found, answers, fused), policy, sure).report(samples)
+    return _Bisection(found, answers, None if twin is None else trace(twin), policy, sure).report(samples)
+
+
+def twin_of(original: Any, candidate: Any) -> Any | None:
+    """A right Keras model that has the candidate's layers: what `layer_errors` holds the candidate to.
+
+    None where it lacks none of the original's. Raises what `layer_errors` raises.
+    """
+    if graph_of(original) is not None:
+        raise UnsupportedModelError(f"model {original.name} is one TensorFlow graph: it has no layers to leave out")
+    found = trace(original)
+    return _planned(found, _answers(candidate, found))
+
+
+def _answers(candidate: Any, found: Trace) -> _Answers:
+    return _onnx(candidate, found) if _is_onnx(candidate) else _keras(candidate)
 
 
 def _is_onnx(candidate: Any) -> bool:
@@ -397,14 +413,12 @@ def _onnx(path: Any, found: Trace) -> _Answers:
     return _Answers(str(path), tensors, part, False, lost)
 
 
-def _twin(found: Trace, answers: _Answers, fused: Fused | None) -> Trace | None:
+def _planned(found: Trace, answers: _Answers) -> Any | None:
     """A trusted model with the candidate's layers, or None where it lacks none of the original's.
 
     An ONNX file does not tell a source that was reduced from one that stayed: where what it lacks may be due to the
     plan of `deploykit.fuse`, it is taken for that.
     """
-    if fused is not None:
-        return trace(fused.model)
     kinds = {node.name: type(node.layer).__name__ for node in found.nodes if is_source(node)}
     absent = {name for name in kinds if name not in answers.tensors}
     other = {name for name, kind in kinds.items() if answers.kinds.get(name, kind) != kind}  # reduced to a Rescaling
@@ -413,7 +427,7 @@ def _twin(found: Trace, answers: _Answers, fused: Fused | None) -> Trace | None:
     plan = make_plan(found)
     if (plan.changed != absent | other) if answers.own else not plan.dropped <= absent:
         plan = make_plan(found, only=absent | other)
-    return trace(apply(found, plan).model)
+    return apply(found, plan).model
 
 
 # --------------------------------------------------------------------------------------------------- measuring
@@ -421,7 +435,7 @@ def _twin(found: Trace, answers: _Answers, fused: Fused | None) -> Trace | None:
 
 @dataclass
 class _Sums:
-    """Squares summed over all samples; ``broken``: NaN or infinity where the reference has none, or the reverse."""
+    """L2 norms over all samples; ``broken``: NaN or infinity where the reference has none, or the reverse."""
 
     error: float = 0.0
     own: float = 0.0
@@ -436,22 +450,14 @@ class _Sums:
             self.broken |= bool((alike & (np.isfinite(r) != np.isfinite(c))).any())
             live = np.isfinite(r) & np.isfinite(o) & np.isfinite(c)
             for name, value in (("error", c - r), ("own", o - r), ("size", r)):
-                setattr(self, name, getattr(self, name) + float(np.sum(np.square(np.where(live, value, 0.0)))))
+                setattr(self, name, math.hypot(getattr(self, name), norm(np.where(live, value, 0.0))))
         self.times += 1
 
     def ratio(self, law: Policy | Fidelity) -> float:
         """The error over what is allowed; infinite where it is broken."""
         if self.broken:
             return math.inf
-        allowed, error = _allowed(law, math.sqrt(self.own), math.sqrt(self.size)), math.sqrt(self.error)
-        return error / allowed if allowed else (math.inf if error else 0.0)
-
-
-def _allowed(law: Policy | Fidelity, own: float, size: float) -> float:
-    """The law of the whole output: what an error in L2 may be."""
-    if isinstance(law, Policy):
-        return law.factor_whole * own + law.floor_l2 * size
-    return float(10 ** (-law.snr_db / 20) * size)
+        return float(ratios(np.array(self.error), np.array(law.allowed_whole(self.own, self.size))))
 
 
 def layouts(have: Sequence[int], want: Sequence[int]) -> list[tuple[int, ...] | None]:
@@ -688,13 +694,8 @@ class _Bisection:
             status=fine if ratio <= 1 else "jump",
             reference=form[1][0] if form[1] != key else None,
             onnx_tensor=None if self.answers.own else tensor,
-            snr_db=None if sums.broken else _decibels(sums.size, sums.error),
-            own_snr_db=_decibels(sums.size, sums.own),
-            ratio=ratio if math.isfinite(ratio) else None,
+            snr_db=None if sums.broken else decibels(sums.size, sums.error),
+            own_snr_db=decibels(sums.size, sums.own),
+            ratio=number(ratio),
             note="NaN or infinity on one side alone" if sums.broken else None,
         )
-
-
-def _decibels(signal: float, error: float) -> float | None:
-    """Of sums of squares; None where one of them is 0."""
-    return 10 * math.log10(signal / error) if signal > 0 and error > 0 else None

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def _at_least(level: tuple[float, float], noise: Noise, reference: Array) -> Noi
         floors = np.where(np.isfinite(size), share * size, 0.0)
         return tuple(e if e is None else max(e, float(floor)) for e, floor in zip(errors, floors, strict=True))
 
-    return Noise(raised(noise.l2, sizes[0], level[0]), raised(noise.max_abs, sizes[1], level[1]))
+    return replace(noise, l2=raised(noise.l2, sizes[0], level[0]), max_abs=raised(noise.max_abs, sizes[1], level[1]))
 
 
 def write_golden(folder: Path, reference: Reference) -> list[dict[str, Any]]:

@@ -6,8 +6,9 @@
     candidate    a file on a runtime; it must have the original's names, shapes and dtypes, too
 
 Samples pass in batches, through the reference, the original and every candidate in turn, and leave a few numbers each
-behind: memory does not grow with their number. The first `KEPT` samples' answers are kept, for golden data and for
-whoever wants to look at them. Each candidate answers the first sample alone and then whole batches, so that a file
+behind: memory does not grow with their number. Of fewer than `FEW` samples the original's error is drawn several times,
+because one draw may be lucky. The first `KEPT` samples' answers are kept, for golden data and for whoever wants to look
+at them. Each candidate answers the first sample alone and then whole batches, so that a file
 whose batch size is frozen fails here and not in production. A model with open sizes (steps of a sequence, height and
 width) is compared at two other sizes as well. Nothing compared is a failure, never a pass.
 
@@ -21,13 +22,14 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from deploykit import runtimes
+from deploykit import runtimes, verify
 from deploykit.compare import (
     Law,
     OutputComparison,
@@ -36,28 +38,35 @@ from deploykit.compare import (
     noise_between,
 )
 from deploykit.data import Samples, Stream, other_sizes
-from deploykit.errors import DataError, DeploykitError, ProofError, UnsupportedModelError
+from deploykit.errors import DataError, DeploykitError, InputError, ProofError, UnsupportedModelError
 from deploykit.fuse.proof import slice_of
 from deploykit.graph import float32_only, replay, run, runnable, trace
 from deploykit.load import load
 from deploykit.opaque import graph_of, nudge, nudged
 from deploykit.signature import Signature
-from deploykit.verify import Judge
+from deploykit.verify import Judge, norms
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 Answers = dict[str, npt.NDArray[Any]]
+Evaluate = Callable[[Arrays], tuple[Answers, Answers]]  # what is right, and what the original says
 
 KEPT = 256  # samples whose answers stay in memory
+FEW = 8  # draws of the original's error below which luck decides; a sample is one
+SUSPECTS, DRAWS = 0.1, 8  # the share of samples that luck may hit, and how often it is tried again
 BATCH = 32  # samples that a candidate answers at once
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """What is compared with the reference: a file, or a Keras model in memory, on a runtime."""
+    """What is compared with the reference: a file, or a Keras model in memory, on a runtime.
+
+    ``error``: what is wrong with the file, where that is known; its comparison then says so, and the others go on.
+    """
 
     name: str
     model: Any
     runtime: str
+    error: DeploykitError | None = None  # why it cannot be judged
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +75,7 @@ class Reference:
 
     ``outputs`` and ``original`` are of the first samples (`KEPT`), ``evaluate`` gives both for further ones. Where
     ``precision`` is "float32" the outputs are the original's own, and ``original`` are those of its nudged copy.
-    ``others`` are the same at other sizes.
+    ``others`` are the same at other sizes; ``again`` makes what evaluates anew, for samples that are doubtful.
     """
 
     model: str
@@ -76,8 +85,9 @@ class Reference:
     original: Answers
     notices: tuple[str, ...]
     precision: str = "float64"
-    evaluate: Callable[[Arrays], tuple[Answers, Answers]] | None = None
+    evaluate: Evaluate | None = None
     others: tuple[Reference, ...] = ()
+    again: Callable[[], Evaluate] | None = None
 
     @property
     def kept(self) -> int:
@@ -112,6 +122,7 @@ class Comparison:
     """One candidate judged: the outputs' comparisons, or the reason why there are none.
 
     ``sizes``: what was found at other sizes, one entry for each: what they are, and why it failed there, or None.
+    ``error``: the candidate could not be judged, which is no verdict about it; ``reason`` says why.
     ``notes``: what is to know about how the runtime computed. Accuracies are shares of right answers, where the
     samples carry labels.
     """
@@ -125,6 +136,7 @@ class Comparison:
     reference_accuracy: float | None = None
     sizes: tuple[tuple[str, str | None], ...] = ()
     notes: tuple[str, ...] = ()
+    error: DeploykitError | None = None
 
     @property
     def passed(self) -> bool:
@@ -137,6 +149,7 @@ class Comparison:
             "passed": self.passed,
             "samples": self.samples,
             "reason": self.reason,
+            "error": self.error is not None,
             "accuracy": self.accuracy,
             "sizes": [{"data": data, "passed": reason is None, "reason": reason} for data, reason in self.sizes],
             "notes": list(self.notes),
@@ -150,25 +163,65 @@ class Comparison:
 def make_reference(name: str, model: Any, samples: Samples | Stream, *, sizes: bool = True, seed: int = 0) -> Reference:
     """Evaluate a Keras model in float64 and as it is; ``sizes``: at other sizes too, where it has open ones."""
     found = trace(model)
+    again: Callable[[], Evaluate]
     if graph_of(model) is None:
-        evaluate, precision = _in_float64(model), "float64"
+        again, precision = partial(_in_float64, model), "float64"
         single = float32_only(found)
         notices = [f"TensorFlow evaluates {', '.join(single[:3])} in float32, in the reference too"] if single else []
     else:
-        evaluate, precision, notices = _as_it_is(model, seed), "float32", []
+        again, precision, notices = partial(_as_it_is, model, seed), "float32", []
+    evaluate = again()
     others = []
     for other in other_sizes(found.signature, seed=seed) if sizes else ():
         try:
-            right, own = evaluate(other.arrays)
+            right, own = _settled(evaluate, other.arrays, seed)
         except UnsupportedModelError as error:
             notices.append(f"not compared on {other.source}: {error}")
         else:
-            others.append(Reference(name, found.signature, other, right, own, (), precision))
-    right, own = evaluate(samples.head(KEPT).arrays)
+            others.append(Reference(name, found.signature, other, right, own, (), precision, again=again))
+    right, own = _settled(evaluate, samples.head(KEPT).arrays, seed)
     further = evaluate if samples.count > KEPT else None  # else the copies are let go
     return Reference(
-        name, found.signature, samples, right, own, tuple(notices), precision, further, others=tuple(others)
+        name, found.signature, samples, right, own, tuple(notices), precision, further, tuple(others), again
     )
+
+
+def _settled(evaluate: Evaluate, arrays: Arrays, seed: int) -> tuple[Answers, Answers]:
+    """The right answers and the original's own, whose error, where samples are few, is the largest of several draws.
+
+    The laws pool the own error over the samples, because the original may hit one by luck. Few have nothing to pool:
+    two draws of one size differ by more than the whole output's factor in one case of six. Further draws are the
+    errors at the same inputs moved by one unit in the last place, as far as they are floating.
+    """
+    right, own = evaluate(arrays)
+    count = len(next(iter(arrays.values())))
+    if count >= FEW or not any(array.dtype.kind == "f" for array in arrays.values()):
+        return right, own
+    rng = np.random.default_rng(seed)
+    for _ in range(-(-FEW // max(1, count))):
+        beside = evaluate({name: nudge(array, rng) for name, array in arrays.items()})
+        own = {name: _worse(right[name], own[name], beside[0][name], beside[1][name]) for name in own}
+    return right, own
+
+
+def _worse(right: npt.NDArray[Any], own: npt.NDArray[Any], near: npt.NDArray[Any], drawn: npt.NDArray[Any]) -> Any:
+    """The original's answers, with the error ``drawn`` - ``near`` in the samples where that is the larger one.
+
+    Where that cannot be told (NaN, infinity) its own answers stay. Whole numbers that turn next to the input are taken
+    for such as the original gets wrong.
+    """
+    if right.dtype.kind != "f":
+        for other in (drawn, near):
+            own = np.where(own == right, other, own).astype(own.dtype)
+        return own
+    with np.errstate(all="ignore"):
+        error, known = np.asarray(drawn, np.float64) - near, np.asarray(own, np.float64) - right
+        moved = (right + error).astype(own.dtype)
+        sizes = [norms(np.nan_to_num(e, nan=0.0, posinf=0.0, neginf=0.0).reshape(len(e), -1)) for e in (error, known)]
+        usable = np.isfinite(moved) | ~np.isfinite(right)
+    larger = (sizes[0] > sizes[1]) & usable.reshape(len(usable), -1).all(axis=1)
+    chosen = larger.reshape(-1, *[1] * (right.ndim - 1)) & np.isfinite(right) & np.isfinite(own)
+    return np.where(chosen, moved, own)
 
 
 def _named(model: Any, found: Any, arrays: Arrays, batch: int) -> Answers:
@@ -176,13 +229,13 @@ def _named(model: Any, found: Any, arrays: Arrays, batch: int) -> Answers:
     return dict(zip(names, run(model, arrays, batch=batch), strict=True))
 
 
-def _in_float64(model: Any) -> Callable[[Arrays], tuple[Answers, Answers]]:
+def _in_float64(model: Any) -> Evaluate:
     found = trace(model)
     batch, double, original = slice_of(found), replay(found, dtype="float64"), runnable(model)
     return lambda arrays: (_named(double, found, arrays, batch), _named(original, found, arrays, batch))
 
 
-def _as_it_is(model: Any, seed: int) -> Callable[[Arrays], tuple[Answers, Answers]]:
+def _as_it_is(model: Any, seed: int) -> Evaluate:
     found, moved = trace(model), nudged(model, seed)
     rng = np.random.default_rng(seed)
 
@@ -207,6 +260,7 @@ class _Trial:
     reason: str | None = None
     hits: int | None = 0
     seen: int = 0
+    error: DeploykitError | None = None
 
     def hear(self, inputs: Arrays, right: Answers, own: Answers, labels: Any, fixed: int | None) -> None:
         if self.reason is not None:
@@ -221,7 +275,10 @@ class _Trial:
         try:
             answers = {name: np.concatenate([part[name] for part in parts]) for name in self.order}
         except ValueError:
-            self.reason = "its answers to one sample and to several have different shapes"
+            shapes = {name: [np.shape(part[name]) for part in parts] for name in self.order}
+            name, found = next((n, s) for n, s in shapes.items() if not all(s) or len({p[1:] for p in s}) > 1)
+            sizes = " and ".join(str(list(shape)) for shape in found)
+            self.reason = f"output {name}: answers of shape {sizes}, which are not one row for each sample"
             return
         noises = {name: noise_between(right[name], own[name]) for name in right}
         self.judge.add(right, answers, noises, {name: array.dtype for name, array in own.items()})
@@ -241,6 +298,9 @@ def check(
     progress: Callable[[str], None] = lambda message: None,
 ) -> tuple[Comparison, ...]:
     """Judge every candidate against the reference, in order, all on one pass over the samples."""
+    for candidate in candidates:
+        if candidate.error is None:
+            runtimes.known(candidate.runtime)
     with contextlib.ExitStack() as stack:
         trials = []
         for candidate in candidates:
@@ -261,11 +321,14 @@ def check(
 
 
 def _opened(reference: Reference, candidate: Candidate, policy: Law, stack: contextlib.ExitStack) -> _Trial:
-    """A candidate ready to run; one that a runtime does not run as it should is out, and the others go on."""
+    """A candidate ready to run; one that cannot be opened, or does not run as it should, is out; the others go on."""
     try:
+        if candidate.error is not None:
+            raise candidate.error
         session = runtimes.open(candidate.runtime, candidate.model)
-    except ProofError as error:
-        return _Trial(candidate, None, Judge(policy), reason=str(error))
+    except DeploykitError as error:
+        wrong = isinstance(error, ProofError)  # else nothing is known of the model
+        return _Trial(candidate, None, Judge(policy), reason=str(error), error=None if wrong else error)
     stack.callback(session.close)
     signature = runtimes.signature_like(session, reference.signature)
     drift = reference.signature.differences(signature)
@@ -273,10 +336,31 @@ def _opened(reference: Reference, candidate: Candidate, policy: Law, stack: cont
     return _Trial(candidate, session, Judge(policy), tuple(spec.name for spec in signature.outputs), reason)
 
 
+def _heard_again(reference: Reference, judge: Judge) -> None:
+    """Measure the original's own error again in the samples that fail, where they are few.
+
+    One draw of the original may hit a sample by luck, and then a right candidate fails there. So it is drawn
+    again, at the same inputs moved by one unit in the last place, before the verdict. A wrong candidate is wrong by far
+    more than draws differ; where many samples fail, it is no luck.
+    """
+    suspects = judge.suspects()
+    if reference.again is None or not 0 < len(suspects) <= max(1, int(SUSPECTS * reference.samples.count)):
+        return
+    suspects += suspects[-1:] * (-len(suspects) % (reference.fixed or 1))
+    arrays = reference.samples.take(suspects).arrays
+    if not any(array.dtype.kind == "f" for array in arrays.values()):
+        return
+    evaluate, rng = reference.again(), np.random.default_rng(0)
+    for _ in range(DRAWS):
+        right, own = evaluate({name: nudge(array, rng) for name, array in arrays.items()})
+        judge.remeasured(suspects, {name: noise_between(right[name], own[name]) for name in right})
+
+
 def _verdict(reference: Reference, trial: _Trial, policy: Law, reference_accuracy: float | None) -> Comparison:
     candidate, notes = trial.candidate, tuple(getattr(trial.session, "notes", ()))
     if trial.reason is not None:
-        return Comparison(candidate.name, candidate.runtime, 0, (), trial.reason, notes=notes)
+        return Comparison(candidate.name, candidate.runtime, 0, (), trial.reason, notes=notes, error=trial.error)
+    _heard_again(reference, trial.judge)
     found = Comparison(
         candidate.name,
         candidate.runtime,
@@ -298,6 +382,7 @@ def _at(other: Reference, trial: _Trial, policy: Law) -> str | None:
         again.hear(inputs, right, own, None, other.fixed)
     if again.reason is not None:
         return again.reason
+    _heard_again(other, again.judge)
     return next((f"output {o.name}: {o.reason}" for o in again.judge.conclude() if not o.passed), None)
 
 
@@ -326,7 +411,7 @@ def body(reference: Reference, comparisons: Sequence[Comparison], policy: Law) -
     return {
         "passed": bool(comparisons) and all(comparison.passed for comparison in comparisons),
         "reference": {"model": reference.model, "precision": reference.precision},
-        "data": f"{reference.samples.count} samples: {reference.samples.source}",
+        "data": f"{reference.samples.count} sample{'s'[: reference.samples.count > 1]}: {reference.samples.source}",
         "other_sizes": [other.samples.source for other in reference.others],
         "policy": {"rtol": policy.rtol, "atol": policy.atol} if isinstance(policy, Tolerance) else policy.name,
         "reference_accuracy": next(
@@ -340,10 +425,16 @@ def body(reference: Reference, comparisons: Sequence[Comparison], policy: Law) -
 def candidate_for(path: str | Path, runtime: str | None = None, **options: Any) -> Candidate:
     """A candidate for a file or a bundle folder; the runtime follows from the file where none is named.
 
+    Raises InputError for a bundle whose files are not those that were sealed.
     ``options`` are those of `deploykit.load` and serve where the candidate is a Keras file.
     """
-    path = Path(path)
-    model = path / "model.onnx" if (path / "deploykit.json").is_file() else path
+    path = model = Path(path)
+    if (path / verify.MANIFEST).is_file():
+        try:
+            bundle = verify.open_bundle(path)
+        except verify.RefusedError as error:
+            raise InputError(str(error)) from error
+        model = path / bundle.model
     runtime = runtime or runtimes.runtime_for(model)
     given = load(model, **options).model if runtime == "keras" and any(options.values()) else model
     return Candidate(str(path), given, runtime)

@@ -41,7 +41,6 @@ import re
 import time
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -55,8 +54,7 @@ from deploykit.report import Report
 from deploykit.runtimes import RUNTIMES
 
 if TYPE_CHECKING:  # `deploy` imports TensorFlow, which a configuration of bundles alone never needs
-    from deploykit.data import Samples
-    from deploykit.deploy import DataOptions
+    pass
 
 Progress = Callable[[str], None]
 Job = TypeVar("Job")
@@ -162,8 +160,9 @@ def _file(folder: Path, text: str, where: str) -> str:
 
 def _data(folder: Path, text: str, where: str) -> str:
     """A path, the name of a Keras data set, or module:function."""
-    named = text in KERAS_SETS or ":" in text
-    return text if named and not (folder / text).exists() else _file(folder, text, where)
+    if (folder / text).exists() or not (text in KERAS_SETS or ":" in text):
+        return _file(folder, text, where)
+    return _code(folder, text, where)
 
 
 def _code(folder: Path, text: str, where: str) -> str:
@@ -431,11 +430,12 @@ def _printable(path: str) -> str:
 
 def _run_check(job: Check) -> dict[str, Any]:
     from deploykit.deploy import DataOptions
+    from deploykit.equivalence import equivalence
     from deploykit.load import load
 
     trust: dict[str, Any] = {"custom_objects": job.custom_objects, "allow_code": job.allow_code}
     loaded = load(job.reference, weights=job.weights, **trust)
-    found = compared(
+    found = equivalence(
         loaded,
         job.candidates,
         data=DataOptions(**_options(job)),
@@ -443,49 +443,14 @@ def _run_check(job: Check) -> dict[str, Any]:
         runtime=job.runtime,
         **trust,
     )
-    return {**_no_check(job), **found}
-
-
-def compared(
-    reference: Any,
-    candidates: Sequence[Any],
-    *,
-    data: DataOptions | Callable[[Any], Samples],
-    policy: Law,
-    runtime: str | None = None,
-    **trust: Any,
-) -> dict[str, Any]:
-    """The keys of ``deploykit.check/1`` for a `Loaded` or keras.Model and its candidates: paths or keras.Models.
-
-    ``data``: options, or a function that gives the samples of a model. ``passed`` says what the exit code of
-    `deploykit check` says: agreement that is no evidence is a failure, and ``reason`` tells.
-    """
-    from deploykit.check import Candidate, body, candidate_for, check, make_reference
-    from deploykit.deploy import refusal, samples_for, verdict
-    from deploykit.load import Loaded
-
-    chosen = [
-        candidate_for(candidate, runtime, **trust)
-        if isinstance(candidate, (str, Path))
-        else Candidate(candidate.name, candidate, "keras")
-        for candidate in candidates
-    ]
-    loaded = reference if isinstance(reference, Loaded) else None
-    model = loaded.model if loaded else reference
-    samples = data(model) if callable(data) else samples_for(model, data)
-    with loaded.scope() if loaded else nullcontext():
-        right = make_reference(str(loaded.path) if loaded else model.name, model, samples)
-        found = body(right, check(right, chosen, policy), policy)
-    proven, reason = verdict(found)
-    passed = refusal(found) is None
-    notices = [*(loaded.notices if loaded else ()), *right.notices]
+    outcome = "passed" if found.passed else "failed" if found.error is None else "error"
     return {
-        **found,
-        "passed": passed,
-        "outcome": "passed" if passed else "failed",
-        "proven": proven,
-        "reason": reason,
-        "notices": notices,
+        **_no_check(job),
+        **found.body,
+        "outcome": outcome,
+        "proven": found.proven,
+        "reason": found.reason,
+        "notices": list(found.notices),
     }
 
 
@@ -508,53 +473,28 @@ def _run_bundle(bundle: str) -> dict[str, Any]:
 
 
 def _run_latency(gate: Latency) -> dict[str, Any]:
-    from deploykit.bench import bench
-    from deploykit.deploy import DataOptions, bench_candidates, bench_inputs
+    from deploykit import latency
+    from deploykit.deploy import DataOptions
 
-    inputs, notices = bench_inputs(Path(gate.candidate), DataOptions(**_options(gate)))
-    chosen = bench_candidates([Path(gate.baseline), Path(gate.candidate)], (gate.runtime,) if gate.runtime else ())
-    measured = bench(
-        chosen,
-        inputs.arrays,
-        batches=(gate.batch,),
-        threads=gate.threads,
-        seconds=gate.seconds,
-        seed=gate.seed,
+    found = latency.latency(
+        [Path(gate.candidate)],
+        wanted=(gate.runtime,) if gate.runtime else (),
+        data=DataOptions(**_options(gate)),
+        settings=latency.Settings(
+            (gate.batch,), None if gate.threads is None else (gate.threads,), (), gate.seconds, gate.seed
+        ),
+        gate=latency.Gate(Path(gate.baseline), gate.max_slowdown, gate.strict),
     )
-    baseline, candidate = (timing for timing in measured.timings)
-    for timing in (candidate, baseline):
-        if timing.failed is not None:
-            raise InputError(f"{timing.candidate.name} did not run: {timing.failed}")
-    pair = measured.comparison(candidate.candidate.name, baseline.candidate.name).to_json()
-    outcome, reason = judged(pair["ci95"], gate.max_slowdown, strict=gate.strict)
-    if outcome == "undecided":
-        notices = [*notices, str(reason)]
-    record = measured.to_json()
+    (result,) = found.gates
     return {
         **_no_latency(gate),
-        "threads": candidate.threads,
-        "passed": outcome == "passed",
-        "outcome": outcome,
-        "proven": outcome == "passed",
-        "reason": reason,
-        "ratio": pair["ratio"],
-        "ci95": pair["ci95"],
-        "notices": [*notices, *record.pop("notices")],
-        "bench": record,
+        "threads": result.threads,
+        "passed": result.outcome == "passed",
+        "outcome": result.outcome,
+        "proven": result.outcome == "passed",
+        "reason": result.reason,
+        "ratio": result.ratio,
+        "ci95": result.to_json()["ci95"],
+        "notices": list(found.notices),
+        "bench": found.body,
     }
-
-
-def judged(interval: Sequence[float] | None, limit: float, *, strict: bool) -> tuple[str, str | None]:
-    """Outcome and reason of a gate: ``interval`` is that of the ratio, None where there were too few rounds."""
-    allowed = f"at most {limit:g}x is allowed"
-    if interval is None:
-        doubt = f"too few rounds for an interval; {allowed}; give more seconds"
-    else:
-        low, high = interval
-        span = f"the 95 % interval is {low:.3g}x to {high:.3g}x"
-        if high <= limit:
-            return "passed", None
-        if low > limit:
-            return "failed", f"slower than allowed: {span}, {allowed}"
-        doubt = f"{span}, {allowed}; give more seconds, or a quieter machine"
-    return ("failed" if strict else "undecided"), f"undecided{' (strict)' if strict else ''}: {doubt}"

@@ -73,6 +73,7 @@ Data = Annotated[
 Samples = Annotated[int | None, typer.Option("--samples", min=1, help="Use at most this many samples.")]
 ImageSize = Annotated[str | None, typer.Option("--image-size", metavar="HxW", help="Resize images, if sizes are free.")]
 Scale = Annotated[float | None, typer.Option("--scale", help="Multiply pixels by this (1/255: 0.00392157).")]
+NoLower = Annotated[bool, typer.Option("--no-lower", help="Leave the ONNX graph as tf2onnx writes it.")]
 Keep = Annotated[list[str] | None, typer.Option("--keep", metavar="LAYER", help="This affine layer must stay.")]
 Barrier = Annotated[
     list[str] | None,
@@ -472,6 +473,7 @@ def export(
     model: Model,
     output: Out = None,
     no_fuse: Annotated[bool, typer.Option("--no-fuse", help="Export the model as it is.")] = False,
+    no_lower: NoLower = False,
     opset: Opset = 18,
     batch: Batch = "dynamic",
     keep: Keep = None,
@@ -496,13 +498,14 @@ def export(
         target = claim(output or model.with_suffix(".onnx"), force=force, inputs=(model, weights, data))
         size = _batch(batch)
         terminal.progress("loading")
-        from deploykit.deploy import Clock, export_checked, fused_part, samples_for, verdict
+        from deploykit.deploy import REAL, Clock, export_checked, fused_part, samples_for
+        from deploykit.report import evidence
 
         clock = Clock()
         loaded = _load(model, custom_objects, weights, allow_code)
         clock.lap("load")
         options = _data(data, samples, image_size, scale, seed)
-        inputs = samples_for(loaded.model, options)
+        inputs = samples_for(loaded.model, options, REAL)
         with _reported(terminal, "export", model, clock):
             result = export_checked(
                 loaded,
@@ -515,6 +518,7 @@ def export(
                 opset=opset,
                 batch=size,
                 seed=seed,
+                lowering=not no_lower,
                 force=force,
                 progress=terminal.progress,
                 clock=clock,
@@ -522,10 +526,11 @@ def export(
         body = {
             "opset": opset,
             "size_bytes": result.exported.bytes,
+            "lowered": dict(result.exported.lowered),
             "fuse": fused_part(loaded, result) if loaded.opaque or not no_fuse else None,
             "check": result.check,
         }
-        proven, reason = verdict(result.check)
+        proven, reason = evidence.verdict(result.check)
         report = _report(
             "export",
             clock,
@@ -582,7 +587,7 @@ def check(
     """Compare candidates with the model that was trained, in float64; or a bundle with its golden data."""
     read = [reference, *(candidates or ()), weights, data]
     with _terminal(json, quiet, verbose, force, read) as terminal:
-        from deploykit.compare import policy_from
+        from deploykit.compare import Tolerance, policy_from
         from deploykit.files import claim
         from deploykit.report.delivery import claim_targets
 
@@ -597,49 +602,54 @@ def check(
         if not candidates:
             _check_bundle(terminal, reference)
             return
+        if gradients and isinstance(law, Tolerance):
+            raise InputError("--rtol and --atol speak of outputs, not of gradients; leave them or --gradients out")
+        if gradients and not any(_is_keras(candidate, runtime) for candidate in candidates):
+            raise InputError("--gradients compares Keras models; give a .keras file as candidate")
         terminal.progress("loading")
-        from deploykit.check import body as check_body
-        from deploykit.check import candidate_for, make_reference
-        from deploykit.check import check as run
-        from deploykit.deploy import Clock, refusal, samples_for, verdict
-        from deploykit.diagnosis import Wishes, diagnosed
+        from deploykit.deploy import Clock
+        from deploykit.diagnosis import Wishes
+        from deploykit.equivalence import equivalence
 
         clock = Clock()
-        trust = {"custom_objects": tuple(custom_objects or ()), "allow_code": allow_code}
-        chosen = [candidate_for(candidate, runtime, **trust) for candidate in candidates]
         loaded = _load(reference, custom_objects, weights, allow_code)
         clock.lap("load")
-        inputs = samples_for(loaded.model, _data(data, samples, image_size, scale, seed))
-        terminal.progress("evaluating the reference in float64")
-        with loaded.scope():
-            right = make_reference(str(reference), loaded.model, inputs)
-            clock.lap("reference")
-            terminal.progress("running the candidates")
-            found = run(right, chosen, law, progress=terminal.progress)
-            body = check_body(right, found, law)
-            clock.lap("candidates")
-            terminal.progress("looking closer")
-            wishes = Wishes(layers, worst_case, save_worst, gradients, seed, force)
-            closer = diagnosed(loaded.model, right, chosen, found, law, wishes)
-            body |= closer.body
-            body["passed"] = body["passed"] and not closer.failures
-        clock.lap("diagnosis")
-        proven, reason = verdict(body)
-        if closer.failures:
-            proven, reason = False, closer.failures[0]
+        found = equivalence(
+            loaded,
+            candidates,
+            data=_data(data, samples, image_size, scale, seed),
+            policy=law,
+            runtime=runtime,
+            wishes=Wishes(layers, worst_case, save_worst, gradients, seed, force),
+            progress=terminal.progress,
+            clock=clock,
+            custom_objects=tuple(custom_objects or ()),
+            allow_code=allow_code,
+        )
         report = _report(
             "check",
             clock,
-            body,
+            found.body,
             model=str(reference),
-            proven=proven,
-            reason=reason,
-            notices=[*loaded.notices, *right.notices, *closer.notices],
-            outputs_written=closer.written,
+            proven=found.proven,
+            reason=found.reason,
+            notices=found.notices,
+            outputs_written=found.written,
         )
-        if (why := reason if closer.failures else refusal(body)) is not None:
-            _fail_after_report(terminal, report, why)
-        _finish(terminal, report)
+        if found.passed:
+            _finish(terminal, report)
+        elif found.error is not None:
+            _finish(terminal, report)
+            raise found.error
+        else:
+            _fail_after_report(terminal, report, str(found.reason))
+
+
+def _is_keras(candidate: Path, runtime: str | None) -> bool:
+    from deploykit.runtimes import runtime_for
+    from deploykit.verify import MANIFEST
+
+    return (runtime or runtime_for(candidate)) == "keras" and not (candidate / MANIFEST).is_file()
 
 
 def _check_bundle(terminal: _Terminal, folder: Path) -> None:
@@ -679,19 +689,36 @@ def _check_bundle(terminal: _Terminal, folder: Path) -> None:
 
 @app.command()
 def bench(
-    models: Annotated[list[Path], typer.Argument(help=".keras, .onnx or bundles; the last is the baseline.")],
+    models: Annotated[
+        list[Path], typer.Argument(help="Keras or .onnx or .tflite files, or bundles; ratios are to the last.")
+    ],
     runtime: Annotated[list[str] | None, typer.Option("--runtime", help="Runtimes to use; default: by file.")] = None,
     batch: Annotated[str, typer.Option("--batch", metavar="1,8", help="Batch sizes.")] = "1",
     threads: Annotated[
         str | None, typer.Option("--threads", metavar="1,2", help="Thread counts; default: cores.")
     ] = None,
+    size: Annotated[
+        str | None, typer.Option("--size", metavar="64,128", help="Sizes to measure, where the model's are open.")
+    ] = None,
     seconds: Seconds = 4.0,
+    baseline: Annotated[
+        Path | None, typer.Option("--baseline", metavar="OLD", help="Measure this beside them, for --max-slowdown.")
+    ] = None,
+    max_slowdown: Annotated[
+        float | None, typer.Option("--max-slowdown", metavar="1.05", help="Fail where time / OLD's time is above.")
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Fail where --max-slowdown stays undecided, too.")] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Show where the time goes, layer by layer.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="X.svg|X.png", help="Draw what was measured.", show_default=False)
+    ] = None,
     data: Data = None,
     samples: Samples = None,
     image_size: ImageSize = None,
     scale: Scale = None,
     seed: Seed = 0,
     force: Force = False,
+    html: Html = None,
     json: Json = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -699,44 +726,56 @@ def bench(
     """Time models side by side: own processes, interleaved rounds, ratio with interval and verdict."""
     with _terminal(json, quiet, verbose, force, [*models, data]) as terminal:
         batches = _numbers(batch, "--batch")
-        counts = _numbers(threads, "--threads") if threads is not None else (None,)
-        terminal.progress("reading the signature")
-        from deploykit.bench import bench as run
-        from deploykit.deploy import Clock, bench_candidates, bench_inputs
+        counts = None if threads is None else _numbers(threads, "--threads")
+        sizes = () if size is None else _numbers(size, "--size")
+        from deploykit.deploy import Clock
+        from deploykit.latency import Gate, Settings, latency
+        from deploykit.report.delivery import claim_targets
+        from deploykit.report.picture import claim_picture
 
+        if (baseline is None) != (max_slowdown is None):
+            raise InputError("a gate needs both --baseline OLD and --max-slowdown RATIO; give the other one, too")
+        if strict and baseline is None:
+            raise InputError("--strict is about a gate; give --baseline OLD and --max-slowdown RATIO with it")
+        read = [*models, data, baseline]
+        if plot is not None:
+            claim_picture(plot, force=force, inputs=read)
+        terminal.targets = claim_targets({"html": html}, force=force, inputs=read, others={"json": json, "plot": plot})
+        terminal.progress("reading the signature")
         clock = Clock()
-        inputs, notices = bench_inputs(models[0], _data(data, samples, image_size, scale, seed))
-        chosen = bench_candidates(models, tuple(runtime or ()))
-        clock.lap("load")
-        merged: dict[str, Any] = {"candidates": [], "comparisons": [], "notices": []}
-        for count in counts:
-            measured = run(
-                chosen,
-                inputs.arrays,
-                batches=batches,
-                threads=count,
-                seconds=seconds,
-                seed=seed,
-                progress=lambda at: terminal.progress(f"{at.candidate}: {at.phase}, round {at.rounds} of {at.limit}"),
-            ).to_json()
-            for key in merged:
-                merged[key] += measured[key]
-        clock.lap("bench")
-        notices += merged.pop("notices")
-        broken = [row for row in merged["candidates"] if row["failed"]]
+        found = latency(
+            models,
+            wanted=tuple(runtime or ()),
+            data=_data(data, samples, image_size, scale, seed),
+            settings=Settings(batches, counts, sizes, seconds, seed),
+            gate=Gate(baseline, max_slowdown, strict) if baseline is not None and max_slowdown is not None else None,
+            profiled=profile,
+            denormals=True,
+            progress=terminal.progress,
+            clock=clock,
+        )
+        broken = [row for row in found.body["candidates"] if row["failed"]]
+        why = f"{broken[0]['name']} did not run: {broken[0]['failed']}" if broken else found.failure
         report = _report(
             "bench",
             clock,
-            merged,
+            found.body,
             model=str(models[-1]),
-            proven=not broken,
-            reason=f"{broken[0]['name']} did not run: {broken[0]['failed']}" if broken else None,
-            notices=notices,
+            proven=why is None,
+            reason=why,
+            notices=found.notices,
+            outputs_written=() if plot is None else (str(plot),),
         )
-        if len(broken) == len(merged["candidates"]):
-            _finish(terminal, report)
-            raise InputError(f"no candidate ran: {broken[0]['failed']}")
+        if plot is not None and len(broken) < len(found.body["candidates"]):
+            from deploykit.report.bench_charts import of_bench
+            from deploykit.report.picture import write_pictures
+
+            write_pictures(of_bench(found.body), plot, force=force)
         _finish(terminal, report)
+        if len(broken) == len(found.body["candidates"]):
+            raise InputError(f"no candidate ran: {broken[0]['failed']}")
+        if found.failure is not None:
+            raise ProofError(found.failure)
 
 
 @app.command()
@@ -754,6 +793,7 @@ def deploy(
     class_names: Annotated[
         str | None, typer.Option("--class-names", metavar="A,B,...", help="Stored in the bundle.")
     ] = None,
+    no_lower: NoLower = False,
     policy: PolicyName = None,
     rtol: Rtol = None,
     atol: Atol = None,
@@ -796,6 +836,7 @@ def deploy(
                 threads=threads,
                 seconds=seconds,
                 class_names=class_names.split(",") if class_names else None,
+                lowering=not no_lower,
                 force=force,
                 progress=terminal.progress,
                 clock=clock,
@@ -810,7 +851,7 @@ def deploy(
 
 @app.command()
 def ci(
-    config: Annotated[Path, typer.Option("--config", help="The file that holds [tool.deploykit].")] = Path(
+    config: Annotated[Path, typer.Option("--config", help="The file that holds \\[tool.deploykit].")] = Path(
         "pyproject.toml"
     ),
     force: Force = False,
@@ -821,7 +862,7 @@ def ci(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Run everything that [tool.deploykit] asks for: checks, latency gates, bundles; one report."""
+    """Run everything that \\[tool.deploykit] asks for: checks, latency gates, bundles; one report."""
     with _terminal(json, quiet, verbose, force, [config]) as terminal:
         from deploykit.ci import read_config
         from deploykit.ci import run as run_all

@@ -21,16 +21,16 @@ from typing import Any
 
 import deploykit
 from deploykit import bundle as bundles
-from deploykit import runtimes, verify
+from deploykit import verify
 from deploykit.archive import write_keras
-from deploykit.bench import PROCESSES, bench
+from deploykit.bench import PROCESSES, BenchReport, bench
 from deploykit.bench import Candidate as Timed
-from deploykit.check import Candidate, Reference, body, candidate_for, check, make_reference
+from deploykit.check import Candidate, Reference, body, check, make_reference
 from deploykit.compare import Law, policy_from
-from deploykit.data import Samples, Stream, open_samples, read_samples, synthesize
+from deploykit.data import Samples, Stream, open_samples, synthesize
 from deploykit.environment import environment
 from deploykit.errors import DataError, DeploykitError, ProofError
-from deploykit.export import Exported, export, export_stock
+from deploykit.export import ALL_LOWERINGS, Exported, export, export_stock
 from deploykit.files import claim, whole_folder
 from deploykit.fuse import Fused, fuse
 from deploykit.graph import signature as signature_of
@@ -38,7 +38,7 @@ from deploykit.graph import trace
 from deploykit.inspection import health_of, signature_json, source_json
 from deploykit.load import Loaded
 from deploykit.opaque import graph_of, operations
-from deploykit.report import Report, dumps
+from deploykit.report import Report, dumps, evidence
 from deploykit.report.html import page
 from deploykit.report.markdown import model_card
 from deploykit.signature import Signature, TensorSpec
@@ -46,7 +46,8 @@ from deploykit.signature import Signature, TensorSpec
 Progress = Callable[[str], None]
 SYNTHETIC = 64  # samples of a check without data
 OURS = "deploykit"  # the candidate that a deployment is about
-REAL = 256  # samples of a check with data, unless the user says otherwise
+PLAIN, LOWERED = "deploykit, not lowered", "deploykit, lowered"  # the other file, if lowering changed anything
+REAL = 256  # samples of a deployment with data, unless the user says otherwise
 
 
 def silent(message: str) -> None:
@@ -81,15 +82,15 @@ class Clock:
         return {**self.seconds, "total": time.perf_counter() - self.start}
 
 
-def samples_for(model: Any, options: DataOptions) -> Samples | Stream:
-    """The user's samples, or seeded synthetic ones with edge cases."""
+def samples_for(model: Any, options: DataOptions, most: int | None = None) -> Samples | Stream:
+    """The user's samples, or seeded synthetic ones with edge cases; ``most``: unless the options have a limit."""
     signature = signature_of(model)
     if options.data is None:
         return synthesize(signature, count=options.limit or SYNTHETIC, seed=options.seed)
     return open_samples(
         options.data,
         signature,
-        limit=options.limit or REAL,
+        limit=options.limit or most,
         seed=options.seed,
         image_size=options.image_size,
         scale=options.scale,
@@ -172,6 +173,14 @@ def metadata(loaded: Loaded, fused: Fused | None) -> dict[str, str]:
     return record
 
 
+@dataclass(frozen=True)
+class Spare:
+    """The same file without lowering, where that differs and passed: its path, and the body of its check."""
+
+    path: Path
+    check: dict[str, Any]
+
+
 @dataclass(frozen=True, eq=False)
 class Checked:
     """A file that was exported and compared: everything that was made on the way.
@@ -187,11 +196,12 @@ class Checked:
     notices: list[str]
     written: list[str]
     findings: list[dict[str, str]]  # about the health of the model fused
+    spare: Spare | None = None
 
     @property
     def refused(self) -> str | None:
         """Why nothing may be written, or None."""
-        return refusal(self.check)
+        return evidence.refusal(self.check)
 
 
 def export_checked(
@@ -207,13 +217,17 @@ def export_checked(
     batch: int | None = None,
     policy: Law | None = None,
     seed: int = 0,
+    lowering: bool = True,
+    spare: Path | None = None,
     force: bool = False,
     progress: Progress = silent,
     clock: Clock | None = None,
 ) -> Checked:
     """Fuse, export and compare; ``path`` exists afterwards only when the comparison passed and is evidence.
 
-    ``own_samples``: the samples are the user's and serve the proof of the fusing, too.
+    ``own_samples``: the samples are the user's and serve the proof of the fusing, too. A lowered file is compared
+    beside the one without lowering: where it alone does not pass, the other is written. ``spare``: where to keep that
+    other one.
     """
     path = claim(path, force=force, inputs=(loaded.path,))
     policy, clock = policy or policy_from(), clock or Clock()
@@ -234,31 +248,68 @@ def export_checked(
         existing = existing.parent
     with tempfile.TemporaryDirectory(prefix=".deploykit-", dir=existing) as room:
         progress("exporting to ONNX")
-        exported = export(model, Path(room) / path.name, opset=opset, batch=batch, metadata=metadata(loaded, fused))
+        folder, plain = Path(room) / "file", Path(room) / "plain"
+        folder.mkdir()
+        plain.mkdir()
+        exported = export(
+            model,
+            folder / path.name,
+            opset=opset,
+            batch=batch,
+            metadata=metadata(loaded, fused),
+            without=() if lowering else ALL_LOWERINGS,
+            unlowered=plain / path.name,
+        )
         clock.lap("export")
         progress("checking against the float64 reference")
         with loaded.scope():
             reference = make_reference(str(loaded.path), loaded.model, samples)
         shipped = with_batch(reference, batch)
-        ours = [Candidate(path.name, exported.path, "onnxruntime-cpu")]
+        files = [exported.path] if exported.unlowered is None else [exported.path, exported.unlowered]
+        ours = [Candidate(path.name, file, "onnxruntime-cpu") for file in files]
         keras_one = [] if fused is None else [Candidate("fused Keras model", fused.model, "keras")]
         if batch is None:
             comparisons = check(reference, [*keras_one, *ours], policy, progress=progress)
         else:
             comparisons = (*check(reference, keras_one, policy), *check(shipped, ours, policy, progress=progress))
-        found = body(shipped, comparisons, policy)
+        common, judged = comparisons[: len(keras_one)], comparisons[len(keras_one) :]
+        found, *others = (body(shipped, (*common, comparison), policy) for comparison in judged)
+        other = None
+        if others and exported.unlowered is not None and evidence.refusal(others[0]) is None:
+            other = Spare(exported.unlowered, others[0])
+        if other is not None and evidence.refusal(found) is not None:
+            notices.append(f"without lowering, because the lowered file would not pass: {evidence.worst(found)}")
+            exported, found, folder, other = unlowered(exported), other.check, plain, None
+        if other is not None and spare is not None:
+            other = replace(other, path=Path(shutil.copyfile(other.path, spare)))
         clock.lap("check")
         written = []
-        if refusal(found) is None:
+        if evidence.refusal(found) is None:
             path.absolute().parent.mkdir(parents=True, exist_ok=True)
-            for file in Path(room).iterdir():
+            for file in folder.iterdir():
                 claim(path.with_name(file.name), force=force)
-            for file in sorted(Path(room).iterdir(), reverse=True):  # the data first, then the file that names it
+            for file in sorted(folder.iterdir(), reverse=True):  # the data first, then the file that names it
                 os.replace(file, path.with_name(file.name))
                 written.append(str(path.with_name(file.name)))
             exported = replace(exported, path=path)
-    notices += [*exported.notices, *reference.notices]
-    return Checked(fused, exported, shipped, found, list(dict.fromkeys(notices)), written, findings)
+    notices += [*exported.notices, *reference.notices, *evidence.excluded(found)]
+    return Checked(
+        fused,
+        exported,
+        shipped,
+        found,
+        list(dict.fromkeys(notices)),
+        written,
+        findings,
+        other if spare is not None else None,
+    )
+
+
+def unlowered(exported: Exported) -> Exported:
+    """The record of the file without lowering, in place of the lowered one."""
+    assert exported.unlowered is not None
+    size = exported.unlowered.stat().st_size
+    return replace(exported, path=exported.unlowered, bytes=size, lowered={}, unlowered=None)
 
 
 def deploy(
@@ -274,6 +325,7 @@ def deploy(
     threads: int | None = None,
     seconds: float = 4.0,
     class_names: Sequence[str] | None = None,
+    lowering: bool = True,
     processes: int = PROCESSES,
     force: bool = False,
     progress: Progress = silent,
@@ -281,13 +333,14 @@ def deploy(
 ) -> Report:
     """Make the bundle ``out`` from a loaded model; returns the ``deploykit.deploy/1`` report.
 
+    A lowered file that turns out slower than the same without ``lowering`` is not shipped; the other one is.
     ``batch`` fixes the batch size of the file; None leaves it free. ``threads``, ``seconds`` (per candidate)
     and ``processes`` are those of `deploykit.bench`. Raises ProofError, with the report so far in its
     ``report`` attribute, when the result is not equivalent, and OutputError when ``out`` cannot be written.
     """
     data, clock = data or DataOptions(), clock or Clock()
     out = claim(out, force=force, folder=verify.MANIFEST, inputs=(loaded.path, data.data))
-    samples = samples_for(loaded.model, data)
+    samples = samples_for(loaded.model, data, REAL)
     with tempfile.TemporaryDirectory(prefix="deploykit-") as name:
         room = Path(name)
         made = export_checked(
@@ -302,6 +355,8 @@ def deploy(
             batch=batch,
             policy=policy,
             seed=data.seed,
+            lowering=lowering,
+            spare=room / "plain.onnx",
             progress=progress,
             clock=clock,
         )
@@ -322,6 +377,7 @@ def deploy(
             focus=OURS,
         )
         clock.lap("bench")
+        made, measured = _faster(made, measured)
         with whole_folder(out, mark=verify.MANIFEST, force=force) as folder:
             return _fill(folder, out, loaded, made, measured.to_json(), clock, class_names)
 
@@ -370,37 +426,24 @@ def _timed(loaded: Loaded, made: Checked, room: Path, samples: Samples | Stream,
         rows.append(Timed(f"{stock.kind} export", stock.path, "onnxruntime-cpu"))
     except DeploykitError as error:
         made.notices.append(f"no stock export to compare with: {error}")
+    if made.spare is not None:
+        rows.append(Timed(PLAIN, made.spare.path, "onnxruntime-cpu"))
     return [*rows, Timed(OURS, made.exported.path, "onnxruntime-cpu")]
 
 
-def worst(check_body: Mapping[str, Any]) -> str:
-    """One line about what failed first in a check."""
-    for comparison in check_body["comparisons"]:
-        if comparison["passed"]:
-            continue
-        where = f"{comparison['candidate']} on {comparison['runtime']} is not equivalent"
-        reasons = [f"output {o['name']}: {o['reason']}" for o in comparison["outputs"] if not o["passed"]]
-        return f"{where}: {comparison['reason'] or (reasons or ['nothing was compared'])[0]}"
-    return "nothing was compared"
-
-
-def refusal(check_body: Mapping[str, Any]) -> str | None:
-    """Why a check does not count: it failed, or every output hardly varies between the samples."""
-    if not check_body["passed"]:
-        return worst(check_body)
-    for comparison in check_body["comparisons"]:
-        outputs = comparison["outputs"]
-        if outputs and all(output["insensitive"] for output in outputs):
-            return "no output varies between the samples, so agreement is no evidence; give real inputs with --data"
-    return None
-
-
-def verdict(check_body: Mapping[str, Any]) -> tuple[bool, str | None]:
-    """Whether a check proves what it compared, and the reason where it does not."""
-    reason = refusal(check_body)
-    if reason is None and check_body["reference"]["precision"] != "float64":
-        reason = "a TensorFlow graph has no float64 reference: compared with its own float32 answer"
-    return reason is None, reason
+def _faster(made: Checked, measured: BenchReport) -> tuple[Checked, BenchReport]:
+    """The file to ship, and the measurement under its names: the lowered one, unless it is slower than the other."""
+    if made.spare is None:
+        return made, measured
+    (batch,) = {timing.batch for timing in measured.timings}
+    pair = measured.comparison(OURS, PLAIN, batch)
+    if pair.verdict != "slower" or pair.ratio is None:
+        return made, measured
+    made.notices.append(f"without lowering, which made it {pair.ratio.ratio:.2f}x as slow on this machine")
+    exported = unlowered(replace(made.exported, unlowered=made.spare.path))
+    return replace(made, exported=exported, check=made.spare.check, spare=None), measured.renamed(
+        {OURS: LOWERED, PLAIN: OURS}, last=OURS
+    )
 
 
 def _report(
@@ -411,7 +454,7 @@ def _report(
     clock: Clock,
     written: Sequence[str],
 ) -> Report:
-    proven, reason = verdict(made.check)
+    proven, reason = evidence.verdict(made.check)
     return Report(
         verb="deploy",
         version=deploykit.__version__,
@@ -443,8 +486,8 @@ def _fill(
 ) -> Report:
     """Write everything into the bundle's folder, the manifest last."""
     exported, reference = made.exported, made.reference
-    for file in sorted(exported.path.parent.glob("model.onnx*")):
-        shutil.copyfile(file, folder / file.name)
+    for file in sorted(exported.path.parent.glob(f"{exported.path.name}*")):
+        shutil.copyfile(file, folder / file.name.replace(exported.path.name, "model.onnx", 1))
     golden = bundles.write_golden(folder, reference)
     clock.lap("bundle")
     models = sorted(folder.glob("model.onnx*"))
@@ -452,6 +495,7 @@ def _fill(
     more = {
         "bundle": str(out),
         "opset": exported.opset,
+        "lowered": dict(exported.lowered),
         "signature": signature_json(reference.signature),
         "files": [{"name": file.name, "bytes": file.stat().st_size} for file in models],
         "oldest_onnxruntime": bundles.OLDEST_RUNTIME.get(exported.opset),
@@ -482,31 +526,3 @@ def _fill(
     }
     bundles.seal(folder, manifest)
     return report
-
-
-# ------------------------------------------------------------------------------------------------- bench alone
-
-
-def bench_inputs(model: Path, data: DataOptions) -> tuple[Samples, list[str]]:
-    """Inputs that fit the first model of a benchmark, read from the file's own signature."""
-    candidate = candidate_for(model)
-    session = runtimes.open(candidate.runtime, candidate.model)
-    signature = session.signature
-    session.close()
-    if data.data is None:
-        return synthesize(signature, count=data.limit or SYNTHETIC, seed=data.seed), ["timed on synthetic inputs"]
-    found = read_samples(
-        data.data, signature, limit=data.limit or REAL, seed=data.seed, image_size=data.image_size, scale=data.scale
-    )
-    return found, []
-
-
-def bench_candidates(models: Sequence[Path], wanted: Sequence[str]) -> list[Timed]:
-    """Every model on every runtime named, or on the one that follows from the file."""
-    rows = []
-    for model in models:
-        for runtime in wanted or (None,):
-            candidate = candidate_for(model, runtime)
-            name = str(model) if not wanted else f"{model} on {runtime}"
-            rows.append(Timed(name, Path(candidate.model), candidate.runtime))
-    return rows

@@ -10,7 +10,9 @@ and g = ∂L/∂x is compared sample by sample.
 Two proofs
 ----------
 *Fused against original.* The reference is the original's gradient in float64, the yardstick the original's own
-float32 gradient, and the laws of the whole and of the sample are those of `deploykit.verify`.
+float32 gradient, and the laws of the whole and of the sample are those of `deploykit.verify`. Under the policy of a
+lower precision each sample's gradient must keep the SNR that the policy asks of each sample of an output. A tolerance
+(``rtol``, ``atol``) speaks of outputs and has nothing to say about slopes.
 
 *Both against numbers.* In float64 the derivative along random unit directions v must be what the function itself says,
 
@@ -48,7 +50,7 @@ from deploykit.errors import UnsupportedModelError
 from deploykit.fuse.proof import slice_of
 from deploykit.graph import Trace, flat_call, functional_form, replay, runnable, trace
 from deploykit.opaque import graph_of
-from deploykit.verify import POLICIES, Policy
+from deploykit.verify import FLOAT32, Fidelity, Policy, Scale, decibels, norm, norms, number, ratios
 
 Array = npt.NDArray[Any]
 Arrays = Mapping[str, Array]
@@ -109,12 +111,21 @@ class GradientReport:
 
     @property
     def passed(self) -> bool:
-        judged = [*(part.passed for part in self.inputs), *(part.passed for part in self.differences)]
-        return bool(self.inputs) and all(judged)
+        return self.reason is None
+
+    @property
+    def reason(self) -> str | None:
+        """What does not agree first; None where everything does."""
+        if not self.inputs:
+            return "no gradient was compared"
+        wrong = [f"gradient of {part.name}: {part.reason}" for part in self.inputs if not part.passed]
+        wrong += [f"numerical differences, {part.model}: {part.reason}" for part in self.differences if not part.passed]
+        return wrong[0] if wrong else None
 
     def to_json(self) -> dict[str, Any]:
         return {
             "passed": self.passed,
+            "reason": self.reason,
             "samples": self.samples,
             "inputs": [part.to_json() for part in self.inputs],
             "differences": [part.to_json() for part in self.differences],
@@ -146,11 +157,13 @@ def input_gradients(
     directions: int = 16,
     count: int = COUNT,
     seed: int = 0,
+    law: Policy | Fidelity = FLOAT32,
 ) -> GradientReport:
     """Compare the input gradients of two Keras models of the same signature, at ``count`` of the samples.
 
-    ``directions``: how many random directions are checked against numerical differences, for each model. Raises
-    UnsupportedModelError for opaque models, and where no input or no output holds floating-point numbers.
+    ``directions``: how many random directions are checked against numerical differences, for each model. ``law``: that
+    of the fused model's precision. Raises UnsupportedModelError for opaque models, and where no input or no output
+    holds floating-point numbers.
     """
     for model in (original, fused):
         if graph_of(model) is not None:
@@ -171,7 +184,7 @@ def input_gradients(
     exact, exact_fused, plain, candidate = (
         _Gradient(model, names, moving, weights, batch) for model in (*doubles, original, fused)
     )
-    judged = _judged(points, moving, (exact, plain, candidate), rng)
+    judged = _judged(points, moving, (exact, plain, candidate), law, rng)
     numbers = [
         _differences(name, gradient, points, moving, directions, np.random.default_rng(seed + 1))
         for name, gradient in (("original", exact), ("fused", exact_fused))
@@ -285,34 +298,29 @@ class _Norms:
         finite = np.asarray(np.isfinite(r).all(axis=1) & np.isfinite(o).all(axis=1))
         broken = np.asarray(finite & ~np.isfinite(c).all(axis=1))
         with np.errstate(all="ignore"):
-            error, own, size = (np.nan_to_num(np.linalg.norm(x, axis=1), posinf=0.0) for x in (c - r, o - r, r))
+            error, own, size = (norms(np.where(np.isfinite(x), x, 0.0)) for x in (c - r, o - r, r))
         return cls(np.where(broken, math.inf, error), own, size, finite, broken)
 
-    def scale(self) -> Floats:
-        """S(s) of `deploykit.verify`: a sample counts as at least of the median size."""
-        known = np.sort(self.size[self.finite & (self.size > 0)])
-        return np.maximum(self.size, known[(len(known) - 1) // 2] if len(known) else 0.0)
+    @property
+    def scale(self) -> Scale:
+        return Scale.of(self.own, self.size, self.finite)
 
-    def share(self) -> float:
-        """q of `deploykit.verify`: the original's own error relative to a sample, nine out of ten are below."""
-        scale = self.scale()
-        known = self.finite & (scale > 0)
-        shares = np.sort(self.own[known] / scale[known])
-        return float(shares[int(0.9 * (len(shares) - 1))]) if len(shares) else 0.0
-
-
-def _allowed(norms: _Norms, share: float, scale: Floats) -> Floats:
-    law = POLICIES["float32"]
-    assert isinstance(law, Policy)
-    return np.asarray(law.factor_sample * np.maximum(norms.own, share * scale) + law.floor_l2 * scale)
+    def ratios(self, law: Policy | Fidelity, scale: Scale, least: Floats | float = 0.0) -> Floats:
+        """Each sample's error over what the law of the sample allows; ``least``: the size it counts as, at least."""
+        allowed = law.allowed_sample(self.own, np.maximum(self.size, least), scale)
+        return np.where(self.finite, ratios(self.error, allowed), 0.0)
 
 
 def _judged(
-    points: Arrays, moving: Sequence[str], gradients: Sequence[_Gradient], rng: np.random.Generator
+    points: Arrays,
+    moving: Sequence[str],
+    gradients: Sequence[_Gradient],
+    law: Policy | Fidelity,
+    rng: np.random.Generator,
 ) -> list[InputGradient]:
     answers = [gradient.at(points) for gradient in gradients]
-    norms = {name: _Norms.of(*(answer[name] for answer in answers)) for name in moving}
-    over = {name: _ratios(found, found.share(), found.scale()) for name, found in norms.items()}
+    first = {name: _Norms.of(*(answer[name] for answer in answers)) for name in moving}
+    over = {name: found.ratios(law, found.scale) for name, found in first.items()}
     suspect = {name: over[name] > 1 for name in moving}
     failing = np.flatnonzero(np.any(list(suspect.values()), axis=0))
     cleared = {name: np.zeros(len(suspect[name]), bool) for name in moving}
@@ -322,10 +330,10 @@ def _judged(
         again = [gradient.at(other) for gradient in gradients]
         for name in moving:
             found = _Norms.of(*(answer[name] for answer in again))
-            scale = np.maximum(found.size, norms[name].scale()[_filled(failing, len(over[name]))])
-            fine = _ratios(found, norms[name].share(), scale)[: len(failing)] <= 1
+            least = first[name].size[_filled(failing, len(over[name]))]
+            fine = found.ratios(law, first[name].scale, least)[: len(failing)] <= 1
             cleared[name][failing[fine]] = True
-    return [_concluded(name, norms[name], over[name], suspect[name], cleared[name]) for name in moving]
+    return [_concluded(name, first[name], over[name], suspect[name], cleared[name], law) for name in moving]
 
 
 def _filled(rows: npt.NDArray[np.intp], count: int) -> npt.NDArray[np.intp]:
@@ -333,58 +341,43 @@ def _filled(rows: npt.NDArray[np.intp], count: int) -> npt.NDArray[np.intp]:
     return np.concatenate([rows, np.repeat(rows[:1], count - len(rows))])
 
 
-def _ratios(norms: _Norms, share: float, scale: Floats) -> Floats:
-    """Each sample's error over what the law of the sample allows."""
-    allowed = _allowed(norms, share, scale)
-    zero = np.where(norms.error > 0, math.inf, 0.0)
-    found = np.where(allowed > 0, norms.error / np.where(allowed > 0, allowed, 1.0), zero)
-    return np.asarray(np.where(norms.finite, found, 0.0))
-
-
 def _concluded(
-    name: str, norms: _Norms, over: Floats, suspect: npt.NDArray[np.bool_], cleared: npt.NDArray[np.bool_]
+    name: str,
+    found: _Norms,
+    over: Floats,
+    suspect: npt.NDArray[np.bool_],
+    cleared: npt.NDArray[np.bool_],
+    law: Policy | Fidelity,
 ) -> InputGradient:
-    law = POLICIES["float32"]
-    assert isinstance(law, Policy)
-    counted = norms.finite & ~(suspect & cleared)
-    kinks, excluded = int((suspect & cleared).sum()), int((~norms.finite).sum())
-    error, own, size = (_norm(x[counted]) for x in (norms.error, norms.own, norms.size))
+    counted = found.finite & ~(suspect & cleared)
+    kinks, excluded = int((suspect & cleared).sum()), int((~found.finite).sum())
+    error, own, size = (norm(x[counted]) for x in (found.error, found.own, found.size))
     wrong = suspect & ~cleared
-    whole = law.factor_whole * own + law.floor_l2 * size
-    ratios = {
-        "sample": float(over[counted].max(initial=0.0)),
-        "whole": (error / whole if whole else math.inf) if error else 0.0,
-    }
-    which = max(ratios, key=lambda law: ratios[law])
+    worst = {"sample": float(over[counted].max(initial=0.0))}
+    if isinstance(law, Policy):
+        worst["whole"] = float(ratios(np.array(error), np.array(law.allowed_whole(own, size))))
+    which = max(worst, key=lambda key: worst[key])
     reason = None
     if not counted.any():
         reason = "nothing left to compare: no sample has a finite gradient beside a kink"
-    elif norms.share() > law.noise_limit:
+    elif isinstance(law, Policy) and found.scale.share > law.noise_limit:
         reason = "the original's own gradient in float32 is no yardstick: it misses the reference by more than 1/32"
-    elif norms.broken[counted].any():
+    elif found.broken[counted].any():
         reason = "NaN or infinity where the original's gradient has none"
-    elif ratios[which] > 1:
+    elif worst[which] > 1:
         whose = f"sample {int(np.argmax(np.where(counted, over, 0.0)))} ({int(wrong.sum())} fail)"
-        reason = f"error {ratios[which]:.3g} times what is allowed, {whose if which == 'sample' else 'all samples'}"
+        reason = f"error {worst[which]:.3g} times what is allowed, {whose if which == 'sample' else 'all samples'}"
     return InputGradient(
         name,
         reason is None,
-        _decibels(size, error),
-        _decibels(size, own),
-        ratios[which] if math.isfinite(ratios[which]) else None,
+        decibels(size, error),
+        decibels(size, own),
+        number(worst[which]),
         which,
         kinks,
         excluded,
         reason,
     )
-
-
-def _norm(x: Floats) -> float:
-    return float(np.linalg.norm(x))
-
-
-def _decibels(size: float, error: float) -> float | None:
-    return 20 * math.log10(size / error) if 0 < size < math.inf and 0 < error < math.inf else None
 
 
 # --------------------------------------------------------------------------------------------- against differences
@@ -398,14 +391,14 @@ def _differences(
     slopes = gradient.at(exact)
     count = len(next(iter(points.values())))
     size = math.sqrt(sum(math.prod(points[name].shape[1:]) for name in moving))
-    steep = np.sqrt(sum(np.square(slopes[name].reshape(count, -1)).sum(axis=1) for name in moving))
+    steep = _lengths(slopes)
     step = STEP * np.mean([_rms(points[name]).reshape(count) for name in moving], axis=0) * size
     level = np.abs(gradient.values(exact))
     told = skipped = 0
     worst = 0.0
     for _ in range(math.ceil(directions / count)):
         way = {name: rng.standard_normal(points[name].shape) for name in moving}
-        length = np.sqrt(sum(np.square(way[name].reshape(count, -1)).sum(axis=1) for name in moving))
+        length = _lengths(way)
         way = {name: along / _like(length, along) for name, along in way.items()}
         expected = sum((slopes[name] * way[name]).reshape(count, -1).sum(axis=1) for name in moving)
         wide, narrow = (_slope(gradient, exact, way, step * share) for share in (1.0, 0.5))
@@ -421,6 +414,11 @@ def _differences(
     elif worst > 1:
         reason = f"a gradient is {worst:.3g} times further from the numerical difference than is allowed"
     return Differences(who, reason is None, told, skipped, worst if told else None, reason)
+
+
+def _lengths(vectors: Mapping[str, Floats]) -> Floats:
+    """The L2 norm of each sample over all inputs."""
+    return norms(np.concatenate([vector.reshape(len(vector), -1) for vector in vectors.values()], axis=1))
 
 
 def _like(values: Floats, array: Array) -> Floats:

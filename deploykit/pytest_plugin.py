@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import shlex
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,17 +57,17 @@ def _assert_equivalent(
 ) -> dict[str, Any]:
     __tracebackhide__ = True
     from deploykit import __version__
-    from deploykit.ci import compared
     from deploykit.compare import policy_from
     from deploykit.deploy import DataOptions
     from deploykit.environment import environment
+    from deploykit.equivalence import equivalence
     from deploykit.load import load
     from deploykit.report import Report
 
     begin = time.perf_counter()
     policy = policy_from(rtol, atol)
     plain = data is None or isinstance(data, (str, os.PathLike))
-    found = compared(
+    found = equivalence(
         load(reference) if _is_path(_model(reference)) else reference,
         [_model(candidate)],
         data=DataOptions(None if data is None else os.fspath(data), samples) if plain else _given(data, samples),
@@ -77,18 +77,23 @@ def _assert_equivalent(
     report = Report(
         verb="check",
         version=__version__,
-        model=found["reference"]["model"],
-        proven=found.pop("proven"),
-        reason=found.pop("reason"),
-        notices=found.pop("notices"),
-        body=found,
+        model=found.body["reference"]["model"],
+        proven=found.proven,
+        reason=found.reason,
+        notices=found.notices,
+        body=found.body,
         environment=environment(),
         seconds={"total": time.perf_counter() - begin},
     ).to_json()
-    if not report["passed"]:
-        options = {"--data": data if plain else None, "--samples": samples, "--rtol": rtol, "--atol": atol}
-        raise AssertionError(_message(report, reference, candidate, {**options, "--runtime": runtime}))
+    if found.error is not None:
+        raise found.error
+    if not found.passed:
+        options = {"--data": data if plain else GIVEN, "--samples": samples, "--rtol": rtol, "--atol": atol}
+        raise AssertionError(_message(report, reference, candidate, {**options, "--runtime": runtime}, found.explained))
     return report
+
+
+GIVEN = "samples.npz"  # what a message calls arrays that a test holds
 
 
 def _is_path(model: Any) -> bool:
@@ -129,7 +134,9 @@ def _given(data: Any, limit: int | None) -> Callable[[Any], Any]:
     return samples
 
 
-def _message(report: Mapping[str, Any], reference: Any, candidate: Any, options: Mapping[str, Any]) -> str:
+def _message(
+    report: Mapping[str, Any], reference: Any, candidate: Any, options: Mapping[str, Any], explained: Sequence[str]
+) -> str:
     """What differs, how far and where, and how to see more."""
     from deploykit.report.cases import cases
 
@@ -144,6 +151,7 @@ def _message(report: Mapping[str, Any], reference: Any, candidate: Any, options:
             lines.append(f"    largest error {case.worst}")
     if len(bad) > 3:
         lines.append(f"  ... and {len(bad) - 3} more outputs")
+    lines += [f"  {line}" for line in explained]
     lines.append(f"  inputs: {report['data']}")
     return "\n".join([*lines, f"  to see more: {_remedy(reference, candidate, options)}"])
 
@@ -157,7 +165,8 @@ def _remedy(reference: Any, candidate: Any, options: Mapping[str, Any]) -> str:
     if len(paths) < 2:
         return "save both models and compare the files with `deploykit check`"
     given = [part for flag, value in options.items() if value is not None for part in (flag, str(value))]
-    return shlex.join(["deploykit", "check", *paths, *given, "--json", "report.json"])
+    command = shlex.join(["deploykit", "check", *paths, *given, "--json", "report.json"])
+    return f"numpy.savez the samples as {GIVEN}, then {command}" if options["--data"] == GIVEN else command
 
 
 # ------------------------------------------------------------------------------------------------------ the bundles

@@ -18,11 +18,12 @@ Numerical Algorithms*, 2nd ed., sec. 3.1): the error grows with the magnitudes t
 result. Elementwise relative error therefore means nothing near zero, and no fixed tolerance fits both a tame and
 an ill-conditioned net. The one honest yardstick is what float32 did to *this* model on *these* inputs: o − r.
 Two correct evaluation orders differ from r by two draws of the same size, so c − r is compared with a small
-multiple of o − r. With N(s) = norm of (o − r) of sample s, R(s) = norm of r of sample s, three laws must hold:
+multiple of o − r. With N(s) = norm of (o − r) of sample s, R(s) = norm of r of sample s, these laws must hold:
 
     whole      ‖c−r‖      ≤ 4·‖o−r‖ + 4·eps·‖r‖                                       L2 over the output
     sample     ‖c_s−r_s‖  ≤ 8·max(N(s), q·S(s)) + 4·eps·S(s)                          L2 of each sample
     element    max|c_s−r_s| ≤ 16·max(N(s), q·S(s)) + 4·eps·S(s)                       the same in the maximum norm
+    channel    rms(c_k−r_k) ≤ 16·max(n(k), p·T(k)) + 4·eps·T(k)                       over samples and positions
     top-1      a changed answer is excused where r's margin ≤ 2·(4·max(N(s), q·S(s)) + 4·eps·S(s)), maximum norm
 
 * eps = 2⁻²³. The floor 4·eps covers the rounding of the stored reference, and a yardstick that is zero by luck.
@@ -34,8 +35,15 @@ multiple of o − r. With N(s) = norm of (o − r) of sample s, R(s) = norm of r
   percentile of N/S, rounded down to a sample, so that one rogue sample never sets it. (With the median instead, an
   ill-conditioned net with one number per sample fails correct candidates several times as often.) Samples with R = 0
   stay out of both.
-* The factors grow with the number of things that must hold together (1, samples, elements): the largest of many
-  draws exceeds the typical one. Top-1 takes the whole law's factor, because an answer that two errors of that size
+* The channel law keeps a price of a million from hiding the wrong probabilities joined to it: one norm over both sees
+  the price alone. A channel is an index k of the last axis; n(k) is the rms of o − r in it, T(k) the larger of its rms
+  and min(1, rms of the output), p the 90th percentile of n/T. The 1 is there because runtimes compute sigmoid and
+  softmax to an absolute accuracy of some eps: a rare class beside likely ones has no relative one. So what is smaller
+  than its output *and* than 1 is held to the larger of both. It takes eight values in each channel, an original (a
+  bundle that carries none of its errors by channel is not held to it), and 2⁻¹²⁶ is added for runtimes that make zeros
+  of denormal numbers.
+* The factors grow with the number of things that must hold together (1, samples, channels, elements): the largest of
+  many draws exceeds the typical one. Top-1 takes the whole law's factor, because an answer that two errors of that size
   cannot turn was turned by something else.
 * An original that misses the reference by more than 1/32 is no yardstick: that fails, whatever c is.
 * Without an original (an opaque graph is its own reference) the yardstick is 32·eps of each sample, and the result
@@ -47,7 +55,7 @@ bfloat16 (2⁻⁸) is judged by what it keeps:
     whole      SNR = 20·log10(‖r‖/‖c−r‖) of at least 40 dB (float16), 22 dB (bfloat16), 20 dB (int8)
     sample     12 dB less in each sample, against S(s)
     answers    98 % (float16) or 95 % of the samples keep their largest class, but for those whose margin is at most
-               twice the error that the first line allows; the same share keeps an integer output
+               twice the error that the first line allows; of whole numbers, the same share stays
 
 Rounding after each of L layers adds up like a random walk to u·√L, an SNR of 66 − 10·log10(L) dB for float16 and
 48 − 10·log10(L) for bfloat16: the bounds leave room for about 400 layers, or for as much ill-conditioning. Eight bits
@@ -56,19 +64,34 @@ passes here is no longer the same but as good as; accuracy on labelled data says
 
 NaN and infinity: a sample in which o and r disagree about them (float32 overflow) is *excluded*: its noise is
 null, it is counted, not judged. Everywhere else c must have r's pattern exactly. If nothing is left, that fails.
-Integers, booleans and strings must be equal; samples where o itself differs from r are excluded.
 
-Limits: the laws need draws. With one number per sample and few samples, luck in o can fail a correct candidate;
-give ``Noise.between`` several float32 runs, or more samples. A runtime whose sigmoid has *absolute* accuracy
-fails the relative laws on an output that is saturated in most samples: compare before the sigmoid as well.
+Integers, booleans and strings carry no margin that would tell a rounding error from a wrong answer. Elements in which
+o itself differs from r (its flips) are excused; a sample that consists of them is excluded. Of the n others in all, and
+of the n_s in a sample, where o has F and F_s flips, so many may differ:
+
+    whole      f(4, F, n, 2⁻¹⁰)             f(k, F, n, h) = min(k·F, h·n) + min(k, h·n/4) + h·n/64
+    sample     f(8, F_s, n_s, 2⁻⁶)
+
+An answer flips where the margin is below the error, so flips are as many as the error is large, and the factors are
+those of the norms. They are rare: Poisson's law. The second term is for its luck: two draws of one mean, whatever it
+is, part by more than 4·F + 4 in less than 1 % of cases. The third is what errors of a few eps turn where margins are
+spread evenly. The shares h keep an original that flips everywhere from excusing everything, and small outputs strict:
+below 3,856 elements in all, or 241 in a sample (a class for each), every flip is o's own or a failure. Whole numbers
+that no rounding reaches (counts, codes) are exact under ``Tolerance()``.
+
+Limits: the laws need draws. With one number per sample and few samples, luck in o can fail a correct candidate; give
+``Noise.between`` several float32 runs, or more samples (`deploykit check` draws o again where there are few, and in
+single samples that fail). A runtime whose sigmoid has *absolute* accuracy fails the relative laws on an output that is
+saturated in most samples: compare before the sigmoid as well.
 
 What a timing means
 -------------------
-A round measures a and b next to each other, so drift cancels in log(median a / median b). The estimate is the
-median over rounds. Its interval is the exact order-statistic (sign test) interval (David & Nagaraja, *Order
-Statistics*, 3rd ed., sec. 7.1): it assumes independent rounds and no shape. In simulation with drift, bursts and two
-speed modes a model was called different from itself in at most 3.5 % of runs, where the percentile bootstrap of
-the median reached 7 %.
+A round measures a and b next to each other, so drift cancels in log(median a / median b). If a and b are equally fast,
+exchanging them changes nothing: the logs are distributed symmetrically about 0, whatever the noise. Hence the estimate
+is Hodges' and Lehmann's (the median of all pairwise means of the rounds' logs) and its interval inverts Wilcoxon's
+signed-rank test, which assumes that symmetry, independent rounds and no shape (Hollander, Wolfe & Chicken,
+*Nonparametric Statistical Methods*, 3rd ed., sec. 3.1-3.3). The level is 1 − 2/2⁶ = 96.9 %, the best that six rounds,
+the fewest, can give. The simulation behind it, and what other intervals do in it, stand in `deploykit.stats`.
 
 What a seal means
 -----------------
@@ -81,6 +104,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -140,12 +164,46 @@ class Policy:
     name: str
     factor_whole: float
     factor_sample: float
-    factor_element: float
+    factor_element: float  # of channels too
     factor_top1: float
     floor_l2: float
     floor_max: float
     noise_limit: float  # an original further off than this, relative L2, is no yardstick
     default_noise: float  # the yardstick where there is no original, relative to each sample
+
+    def allowed_whole(self, own: float, size: float) -> float:
+        """The L2 error that all samples together may have."""
+        return self.factor_whole * own + self.floor_l2 * size
+
+    def allowed_sample(self, own: Floats, size: Floats, scale: Scale) -> Floats:
+        """The L2 error that each sample may have."""
+        return self.factor_sample * scale.own(own, size) + self.floor_l2 * scale.size(size)
+
+    def allowed_element(self, own: Floats, size: Floats, scale: Scale) -> Floats:
+        """The largest error of one element that each sample may have; all arguments in the maximum norm."""
+        return self.factor_element * scale.own(own, size) + self.floor_max * scale.size(size)
+
+    def allowed_margin(self, own: Floats, size: Floats, scale: Scale) -> Floats:
+        """The margin of a largest class, in the reference, that rounding may turn; in the maximum norm."""
+        return 2 * (self.factor_top1 * scale.own(own, size) + self.floor_max * scale.size(size))
+
+    def allowed_channel(self, own: Floats, size: Floats) -> Floats:
+        """The RMS error that each channel may have; of all channels of an output, both in RMS."""
+        least = min(1.0, norm(size) / math.sqrt(len(size)))
+        scale = Scale(least, quantile(ratios(own, np.maximum(size, least)), POOLED))
+        return self.factor_element * scale.own(own, size) + self.floor_l2 * scale.size(size) + FLUSHED
+
+    def allowed_flips(self, own: float, count: float) -> float:
+        """How many of so many whole numbers may differ, where the original has ``own`` others."""
+        return float(_allowed_flips(self.factor_whole, own, count, FLIPS_WHOLE))
+
+    def allowed_sample_flips(self, own: Array, count: Array) -> Floats:
+        """The same of each sample."""
+        return np.asarray(_allowed_flips(self.factor_sample, own, count, FLIPS_SAMPLE), dtype=np.float64)
+
+
+def _allowed_flips(factor: float, own: Any, count: Any, share: float) -> Any:
+    return np.minimum(factor * own, share * count) + np.minimum(factor, share / 4 * count) + share / 64 * count
 
 
 @dataclass(frozen=True)
@@ -156,6 +214,54 @@ class Fidelity:
     snr_db: float  # of the whole output
     sample_db: float  # of each sample, against its size or the median size
     top1: float  # share of samples whose answer must stay
+
+    def allowed_whole(self, own: float, size: float) -> float:
+        """The L2 error that all samples together may have, whatever the original's own."""
+        return float(10 ** (-self.snr_db / 20) * size)
+
+    def allowed_sample(self, own: Floats, size: Floats, scale: Scale) -> Floats:
+        """The L2 error that each sample may have."""
+        return float(10 ** (-self.sample_db / 20)) * scale.size(size)
+
+    def allowed_element(self, own: Floats, size: Floats, scale: Scale) -> Floats:
+        """No law holds a single element."""
+        return np.full(np.shape(size), math.inf)
+
+    def allowed_margin(self, own: Floats, size: Floats, scale: Scale) -> Floats:
+        """The margin of a largest class, in the reference, that rounding may turn; in the maximum norm."""
+        return 2 * float(10 ** (-self.snr_db / 20)) * scale.size(size)
+
+
+POOLED = 0.9  # nine of ten samples have a smaller own error, relative to their size, than a sample is credited with
+FEW = 8  # values of a channel: of fewer, luck decides
+FLUSHED = 2.0**-126  # what is lost where a runtime makes zeros of denormal numbers
+FLIPS_WHOLE, FLIPS_SAMPLE = 2.0**-10, 2.0**-6  # the share of whole numbers up to which flips of the original excuse
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What holds a sample up that is small, or that the original hit by luck; in one norm.
+
+    ``median``: the lower median of the sizes. ``share``: the pooled own error q, relative to the size.
+    """
+
+    median: float = 0.0
+    share: float = 0.0
+
+    @classmethod
+    def of(cls, own: Floats, size: Floats, judged: NDArray[np.bool_] | None = None) -> Scale:
+        """From the original's own errors and the reference's norms of the samples that are judged (default: finite)."""
+        known = (np.isfinite(own) if judged is None else judged) & (size > 0)
+        median = quantile(size[known], 0.5)
+        return cls(median, quantile(own[known] / np.maximum(size[known], median), POOLED))
+
+    def size(self, size: Floats) -> Floats:
+        """S(s) of the module docstring."""
+        return np.maximum(size, self.median)
+
+    def own(self, own: Floats, size: Floats) -> Floats:
+        """max(N(s), q·S(s))."""
+        return np.maximum(own, self.share * self.size(size))
 
 
 FLOAT32 = Policy("float32", 4.0, 8.0, 16.0, 4.0, 4 * EPS32, 4 * EPS32, 2.0**-5, 32 * EPS32)
@@ -182,6 +288,10 @@ class Tolerance:
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
                 raise RefusedError(f"{name} is {value!r}; give a finite number that is not negative")
 
+    def allowed(self, reference: Floats) -> Floats:
+        """What each element may be off by."""
+        return self.atol + self.rtol * np.abs(reference)
+
 
 if TYPE_CHECKING:
     Law = Policy | Fidelity | Tolerance
@@ -189,15 +299,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Noise:
-    """The original's own error, one number per sample: what a bundle carries instead of the original's outputs.
+    """The original's own error: what a bundle carries instead of the original's outputs.
 
-    ``l2`` and ``max_abs`` are the norms of original − reference over the elements that are finite in both;
-    ``None`` marks a sample in which the two disagree about NaN or infinity (or, for exact kinds, at all).
+    ``l2`` and ``max_abs`` are, for each sample, the norms of original − reference over the elements that are finite
+    in both; ``None`` marks a sample in which the two disagree about NaN or infinity (or, for exact kinds, everywhere).
+    ``channels``: the L2 norm for each index of the last axis, over all samples that are not None. ``flips``: for exact
+    kinds, the positions in each flattened sample where the two differ. Either may be unknown: then nothing is held to
+    it, and nothing excused by it.
     A bundle stores the reference rounded to the model's dtype: take the noise against that rounded reference.
     """
 
     l2: tuple[float | None, ...]
     max_abs: tuple[float | None, ...]
+    channels: tuple[float, ...] | None = None
+    flips: tuple[tuple[int, ...], ...] | None = None
 
     @classmethod
     def between(cls, reference: Array, *originals: Array) -> Noise:
@@ -205,25 +320,39 @@ class Noise:
         if not originals:
             raise RefusedError("noise needs the answer of the original; give at least one")
         runs = [_noise_of(np.asarray(reference), np.asarray(original)) for original in originals]
-        l2, peak = (
-            tuple(None if None in values else max(v for v in values if v is not None) for values in samples)
-            for samples in ([[run[part][s] for run in runs] for s in range(len(runs[0][part]))] for part in (0, 1))
-        )
-        return cls(l2, peak)
+        return functools.reduce(_larger_noise, runs)
 
-    def to_json(self) -> dict[str, list[float | None]]:
-        return {"l2": list(self.l2), "max": list(self.max_abs)}
+    def to_json(self) -> dict[str, Any]:
+        record: dict[str, Any] = {"l2": list(self.l2), "max": list(self.max_abs)}
+        if self.channels is not None:
+            record["channels"] = list(self.channels)
+        if self.flips is not None:
+            record["flips"] = [list(places) for places in self.flips]
+        return record
 
     @classmethod
     def from_json(cls, record: object) -> Noise:
         """The record that ``to_json`` wrote; anything else is refused."""
-        pair: tuple[Any, Any] = (record.get("l2"), record.get("max")) if isinstance(record, dict) else (None, None)
-        l2, peak = pair
+        parts: Any = [
+            record.get(key) if isinstance(record, dict) else None for key in ("l2", "max", "channels", "flips")
+        ]
+        l2, peak, channels, flips = parts
         if not (_is_errors(l2) and _is_errors(peak)) or [v is None for v in l2] != [v is None for v in peak]:
             raise RefusedError(
                 'a noise record must be {"l2": [...], "max": [...]}, alike in length and nulls; measure again'
             )
-        return cls(*(tuple(None if v is None else float(v) for v in values) for values in (l2, peak)))
+        if channels is not None and (not _is_errors(channels) or None in channels):
+            raise RefusedError("the channels of a noise record must be numbers that are not negative; measure again")
+        if flips is not None and not (
+            isinstance(flips, list) and len(flips) == len(l2) and all(map(_is_places, flips))
+        ):
+            raise RefusedError("the flips of a noise record must be a list of positions per sample; measure again")
+        return cls(
+            tuple(None if v is None else float(v) for v in l2),
+            tuple(None if v is None else float(v) for v in peak),
+            None if channels is None else tuple(map(float, channels)),
+            None if flips is None else tuple(map(tuple, flips)),
+        )
 
 
 def _is_errors(values: Any) -> bool:
@@ -231,6 +360,11 @@ def _is_errors(values: Any) -> bool:
     return isinstance(values, list) and all(
         v is None or (isinstance(v, (int, float)) and not isinstance(v, bool) and 0 <= v < math.inf) for v in values
     )
+
+
+def _is_places(values: Any) -> bool:
+    """A list of positions."""
+    return isinstance(values, list) and all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in values)
 
 
 @dataclass(frozen=True)
@@ -350,6 +484,17 @@ class Judge:
         known = (*names, *self._strangers)
         self._strangers += [name for name in theirs if name not in known]
 
+    def suspects(self) -> list[int]:
+        """The samples that a law about single samples fails, where the yardstick is the original's own error."""
+        found = (case.suspects() for case in self._cases.values())
+        return sorted({number for numbers in found for number in numbers})
+
+    def remeasured(self, numbers: Sequence[int], noises: Mapping[str, Noise]) -> None:
+        """Take in another measurement of the original's own error in these samples; the larger one counts."""
+        for name, noise in noises.items():
+            if name in self._cases:
+                self._cases[name].remeasured(numbers, noise)
+
     def conclude(self) -> tuple[OutputComparison, ...]:
         found = [case.conclude() for case in self._cases.values()]
         found += [OutputComparison(name, False, "not an output of the reference") for name in self._strangers]
@@ -368,7 +513,7 @@ class _Case:
         self.name, self.policy = name, policy
         self.samples = 0
         self.reason: str | None = None
-        self.tallies: list[_Tally] = []
+        self.tally: _Tally | None = None
 
     def fail(self, reason: str) -> None:
         self.reason = self.reason or reason
@@ -385,21 +530,40 @@ class _Case:
                 f"output {self.name}: the noise record has {len(noise.l2)} samples, the data {samples}; measure again"
             )
         with np.errstate(all="ignore"):  # overflow and 0/0 are looked for and become None
-            tally = _tally_values if _kind(r.dtype) == "value" else _tally_exact
-            self.tallies.append(tally(r, c, self.policy, noise))
+            tally = (_tally_values if _kind(r.dtype) == "value" else _tally_exact)(r, c, self.policy, noise)
+            self.tally = tally if self.tally is None else self.tally.joined(tally, self.name)
+
+    def suspects(self) -> list[int]:
+        tally, policy = self.tally, self.policy
+        if self.reason is not None or tally is None or tally.kind != "value" or not isinstance(policy, Policy):
+            return []
+        if not tally.stated:
+            return []
+        with np.errstate(all="ignore"):
+            columns = tally.columns
+            rows = _Rows(columns, policy, tally.stated)
+            bad = ~(columns["error_l2"] <= policy.allowed_sample(*rows.l2))
+            bad |= ~(columns["error_max"] <= policy.allowed_element(*rows.max))
+        return [int(number) for number in np.flatnonzero(bad & columns["judged"])]
+
+    def remeasured(self, numbers: Sequence[int], noise: Noise) -> None:
+        if self.tally is None or self.tally.kind != "value":
+            return
+        columns = self.tally.columns
+        for place, number in enumerate(numbers):
+            for key, values in (("noise_l2", noise.l2), ("noise_max", noise.max_abs)):
+                columns[key][number] = max(columns[key][number], values[place] or 0.0)
+        self.tally = dataclasses.replace(self.tally, parts=[columns])
 
     def conclude(self) -> OutputComparison:
         found = OutputComparison(self.name, False, self.reason, samples=self.samples)
         if self.reason is not None:
             return found
-        if not self.tallies:
+        if self.tally is None:
             return dataclasses.replace(found, reason="nothing was compared: there are no samples")
-        kinds = {(tally.kind, tally.shape) for tally in self.tallies}
-        if len({kind for kind, _ in kinds}) > 1 or len({yard.stated for yard in self.tallies}) > 1:
-            raise RefusedError(f"output {self.name}: its batches are of different kinds; measure again")
-        tally = _joined(self.tallies)
         with np.errstate(all="ignore"):
-            return (_conclude_values if tally.kind == "value" else _conclude_exact)(found, tally, self.policy)
+            conclude = _conclude_values if self.tally.kind == "value" else _conclude_exact
+            return conclude(found, self.tally, self.policy)
 
 
 def _unlike(r: Array, c: Array, wanted: Any) -> str | None:
@@ -445,55 +609,80 @@ def _pattern(x: Floats) -> NDArray[np.int64]:
     return np.asarray(np.isnan(x) * 1 + np.isposinf(x) * 2 + np.isneginf(x) * 3)
 
 
-def _norms(x: Floats) -> Floats:
+def ratios(error: Array, allowed: Array) -> Floats:
+    """Errors over what is allowed; above 1 is too much. 0 where there is no error, infinite where none is allowed."""
+    with np.errstate(all="ignore"):
+        return np.asarray(np.where(error > 0, error / np.where(allowed > 0, allowed, 0.0), 0.0), dtype=np.float64)
+
+
+def norms(x: Floats) -> Floats:
     """L2 of each row, scaled so that neither 1e200 nor 1e-200 leaves the range."""
     peak = np.abs(x).max(axis=1, initial=0.0)
     safe = np.where(peak > 0, peak, 1.0)
     return np.asarray(peak * np.sqrt(np.square(x / safe[:, None]).sum(axis=1)))
 
 
-def _norm(x: Floats) -> float:
-    return float(_norms(x.reshape(1, -1))[0])
+def norm(x: Floats) -> float:
+    return float(norms(x.reshape(1, -1))[0])
 
 
-def _number(x: Any) -> float | None:
+def number(x: Any) -> float | None:
     """Strict JSON knows no NaN and no infinity."""
     x = float(x)
     return x if math.isfinite(x) else None
 
 
-def _decibels(signal: float, error: float) -> float | None:
+def decibels(signal: float, error: float) -> float | None:
     return 20 * (math.log10(signal) - math.log10(error)) if 0 < signal < math.inf and 0 < error < math.inf else None
 
 
-def _quantile(x: Floats, share: float) -> float:
+def quantile(x: Floats, share: float) -> float:
     """The sample at or below this share of the order, never between two; 0 where there is none."""
     return float(np.sort(x)[int(share * (x.size - 1))]) if x.size else 0.0
 
 
-def _noise_of(r: Array, o: Array) -> tuple[list[float | None], list[float | None]]:
-    """L2 and largest error of each sample, None where the sample is to be excluded."""
+def _noise_of(r: Array, o: Array) -> Noise:
+    """The own error of one float32 evaluation."""
     if o.shape != r.shape:
         raise RefusedError(f"the original's output has shape {list(o.shape)}, the reference's {list(r.shape)}")
     if _kind(r.dtype) is None or _kind(o.dtype) != _kind(r.dtype):
         raise RefusedError(f"an original of dtype {o.dtype} cannot be measured against a reference of dtype {r.dtype}")
     if r.size == 0:
-        empty: list[float | None] = [0.0] * (1 if r.ndim == 0 else int(r.shape[0]))
-        return empty, list(empty)
+        empty = (0.0,) * (1 if r.ndim == 0 else int(r.shape[0]))
+        return Noise(empty, empty)
     if _kind(r.dtype) == "exact":
-        equal = (_rows(_comparable(r)) == _rows(_comparable(o))).all(axis=1)
-        same: list[float | None] = [0.0 if sample else None for sample in equal]
-        return same, list(same)
+        other = np.asarray(_rows(_comparable(r)) != _rows(_comparable(o)), dtype=bool)
+        same = tuple(None if gone else 0.0 for gone in np.asarray(other.all(axis=1)))
+        return Noise(same, same, flips=tuple(tuple(np.flatnonzero(row).tolist()) for row in other))
     reference, original = _values(r), _values(o)
     with np.errstate(all="ignore"):
         agree = (_pattern(reference) == _pattern(original)).all(axis=1)
         error = np.where(np.isfinite(reference) & np.isfinite(original), original - reference, 0.0)
-        norms, peaks = _norms(error), np.abs(error).max(axis=1)
-        usable = agree & np.isfinite(norms)
-    return (
-        [float(v) if ok else None for v, ok in _pairs(norms, usable)],
-        [float(v) if ok else None for v, ok in _pairs(peaks, usable)],
+        lengths, peaks = norms(error), np.abs(error).max(axis=1)
+        usable = agree & np.isfinite(lengths)
+        channels = norms(_by_channel(error[usable], r.shape[-1]).T) if r.ndim > 1 else np.full(1, math.inf)
+    l2, peak = (tuple(float(v) if ok else None for v, ok in _pairs(part, usable)) for part in (lengths, peaks))
+    return Noise(l2, peak, tuple(channels.tolist()) if np.isfinite(channels).all() else None)
+
+
+def _larger_noise(a: Noise, b: Noise) -> Noise:
+    def larger(first: Sequence[float | None], second: Sequence[float | None]) -> tuple[float | None, ...]:
+        return tuple(None if v is None or w is None else max(v, w) for v, w in _pairs(first, second))
+
+    known = a.channels is not None and b.channels is not None
+    return Noise(
+        larger(a.l2, b.l2),
+        larger(a.max_abs, b.max_abs),
+        tuple(max(v, w) for v, w in _pairs(a.channels, b.channels)) if known else None,  # type: ignore[arg-type]
+        None
+        if a.flips is None or b.flips is None
+        else tuple(tuple(sorted({*v, *w})) for v, w in _pairs(a.flips, b.flips)),
     )
+
+
+def _by_channel(rows: Floats, channels: int) -> Floats:
+    """Rows of samples as rows of positions, one column for each index of the last axis."""
+    return rows.reshape(-1, channels)
 
 
 def _comparable(x: Array) -> Array:
@@ -513,42 +702,114 @@ def _unravelled(flat: int, shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(int(i) for i in np.unravel_index(flat, tuple(shape))) if len(shape) else ()
 
 
-_TINY = float(np.finfo(np.float64).tiny)
-
-
 @dataclass(frozen=True)
 class _Tally:
-    """What the laws need of a batch of one output, and nothing that grows with the size of a sample but ``moments``.
+    """What the laws need of the samples of one output so far: a few numbers for each, and sums over all of them.
 
-    ``columns``: vectors over samples. ``moments``: of each feature over the samples (see `_moments`). ``ulps``: how
-    many values lie in each class of `_ULP_EDGES`. ``shape``: of one sample. ``stated``: there was an original to
-    measure noise by.
+    ``columns``: vectors over samples, as they came in batches. ``moments``: of each feature over the samples (see
+    `_moments`). ``ulps``: how many values lie in each class of `_ULP_EDGES`. ``shape``: of one sample. ``stated``:
+    there was an original to measure noise by. ``channels``: None where nothing is known or asked of them.
     """
 
     kind: str
     shape: tuple[int, ...]
-    columns: dict[str, Array]
+    parts: list[dict[str, Array]]
     moments: tuple[float, int, Floats, Floats, NDArray[np.bool_]] | None
     ulps: NDArray[np.int64]
     stated: bool
+    channels: _Channels | None = None
+
+    @property
+    def columns(self) -> dict[str, Array]:
+        return {name: np.concatenate([part[name] for part in self.parts]) for name in self.parts[0]}
+
+    @property
+    def samples(self) -> int:
+        return sum(len(part["judged"]) for part in self.parts)
+
+    def joined(self, other: _Tally, name: str) -> _Tally:
+        """With the next batch."""
+        if (self.kind, self.stated) != (other.kind, other.stated):
+            raise RefusedError(f"output {name}: its batches are of different kinds; measure again")
+        alike = self.shape == other.shape
+        return _Tally(
+            self.kind,
+            self.shape,
+            [*self.parts, *other.parts],
+            _pooled_moments(self.moments, other.moments) if alike else None,
+            self.ulps + other.ulps,
+            self.stated,
+            self.channels.joined(other.channels, self.samples) if self.channels and other.channels and alike else None,
+        )
+
+
+@dataclass(frozen=True)
+class _Channels:
+    """Of each index of the last axis: L2 norms over samples and positions, and the element of the largest error.
+
+    ``values``: how many elements each has.
+    """
+
+    values: int
+    error: Floats
+    own: Floats
+    size: Floats
+    peak: Floats
+    sample: NDArray[np.int64]
+    position: NDArray[np.int64]
+    c: Floats
+    r: Floats
+
+    @classmethod
+    def of(cls, r: Floats, c: Floats, error: Floats, size: Floats, judged: NDArray[np.bool_], own: Floats) -> _Channels:
+        """From rows of samples; errors and sizes are 0 where nothing is compared."""
+        count = len(own)
+        errors = _by_channel(error, count)
+        rows = errors.argmax(axis=0)
+        here = np.arange(count)
+        positions = r.shape[1] // count
+        return cls(
+            int(judged.sum()) * positions,
+            norms(errors.T),
+            own,
+            norms(_by_channel(size, count).T),
+            errors[rows, here],
+            rows // positions,
+            rows % positions,
+            _by_channel(c, count)[rows, here],
+            _by_channel(r, count)[rows, here],
+        )
+
+    def joined(self, other: _Channels, before: int) -> _Channels:
+        """With the next batch; ``before``: the samples until then."""
+        later = other.peak > self.peak
+
+        def chosen(name: str, shift: int = 0) -> Any:
+            return np.where(later, getattr(other, name) + shift, getattr(self, name))
+
+        sums = {name: np.hypot(getattr(self, name), getattr(other, name)) for name in ("error", "own", "size")}
+        places = {name: chosen(name) for name in ("peak", "position", "c", "r")}
+        return _Channels(values=self.values + other.values, sample=chosen("sample", before), **sums, **places)
+
+    def failing(self, policy: Policy) -> tuple[str, int] | None:
+        """What is wrong with the worst channel, and which it is; None where all are within the law."""
+        if len(self.own) < 2 or self.values < FEW:
+            return None
+        error, own, size = (norm / math.sqrt(self.values) for norm in (self.error, self.own, self.size))
+        allowed = policy.allowed_channel(own, size)
+        bad = ~(error <= allowed)
+        if not bad.any():
+            return None
+        k = int(np.argmax(np.where(bad, ratios(error, allowed), -1.0)))
+        return (
+            f"channel {k} ({int(bad.sum())} of {len(own)} fail): RMS error {error[k]:.3g}, allowed {allowed[k]:.3g} "
+            f"(the original's own {own[k]:.3g})"
+        ), k
 
 
 # Upper edges of the classes in which distances in ulps are counted: 0, then four to an octave.
 _ULP_STEPS, _ULP_LOWEST = 4, -4
 _ULP_EDGES = np.concatenate([[0.0], 2.0 ** (np.arange(0, _ULP_STEPS * 140) / _ULP_STEPS + _ULP_LOWEST)])
-
-
-def _joined(tallies: Sequence[_Tally]) -> _Tally:
-    """Batches as one, in their order."""
-    first = tallies[0]
-    if len(tallies) == 1:
-        return first
-    moments = first.moments
-    for tally in tallies[1:]:
-        moments = _pooled_moments(moments, tally.moments)
-    columns = {name: np.concatenate([tally.columns[name] for tally in tallies]) for name in first.columns}
-    ulps = np.asarray(np.sum([tally.ulps for tally in tallies], axis=0))
-    return dataclasses.replace(first, columns=columns, moments=moments, ulps=ulps)
 
 
 def _moments(rows: Floats) -> tuple[float, int, Floats, Floats, NDArray[np.bool_]] | None:
@@ -589,7 +850,7 @@ def _spread(moments: Any) -> tuple[float | None, bool]:
     if total == 0:
         return 0.0, True
     spread = math.sqrt(deviation / total)
-    return _number(spread), spread < 1e-6
+    return number(spread), spread < 1e-6
 
 
 def _ulps(error: Floats, r: Floats, mask: NDArray[np.bool_], dtype: Any) -> NDArray[np.int64]:
@@ -623,41 +884,63 @@ def _ulp_summary(counts: NDArray[np.int64]) -> dict[str, Any] | None:
 
 def _tally_exact(r: Array, c: Array, policy: Law, noise: Noise | None) -> _Tally:
     reference, candidate = _rows(_comparable(r)), _rows(_comparable(c))
-    judged = np.array([True] * len(reference) if noise is None else [v is not None for v in noise.l2])
-    wrong = np.asarray(reference != candidate, dtype=bool) & judged[:, None]
+    excused = _excused(reference.shape, noise)
+    judged = np.asarray(~excused.all(axis=1))
+    wrong = np.asarray(reference != candidate, dtype=bool) & ~excused
     numeric = r.dtype.kind in "biu"
-    largest = np.abs(_values(r) - _values(c)).max(axis=1) if numeric else wrong.any(axis=1) * math.nan
+    apart = (
+        np.where(wrong, np.abs(_values(r) - _values(c)), 0.0).max(axis=1) if numeric else wrong.any(axis=1) * math.nan
+    )
     place = wrong.argmax(axis=1)
     here = np.arange(len(place))
     columns = {
         "judged": judged,
         "wrong": wrong.sum(axis=1),
+        "own": excused.sum(axis=1) * judged,
         "count": np.full(len(judged), wrong.shape[1]),
-        "largest": np.where(judged, largest, 0.0),
+        "largest": apart,
         "place": place,
         "c": np.array([f"{value!s:.60}" for value in candidate[here, place]], dtype=object),
         "r": np.array([f"{value!s:.60}" for value in reference[here, place]], dtype=object),
     }
     moments = _moments(_values(r)[judged]) if numeric else None
-    return _Tally("exact", r.shape[1:], columns, moments, np.zeros(len(_ULP_EDGES), np.int64), noise is not None)
+    return _Tally("exact", r.shape[1:], [columns], moments, np.zeros(len(_ULP_EDGES), np.int64), noise is not None)
+
+
+def _excused(shape: tuple[int, int], noise: Noise | None) -> NDArray[np.bool_]:
+    """The elements in which the original itself differs from the reference."""
+    found = np.zeros(shape, bool)
+    if noise is None:
+        return found
+    found[[v is None for v in noise.l2]] = True
+    for row, places in _pairs(found, noise.flips or ()):
+        if max(places, default=0) >= len(row):
+            raise RefusedError("a noise record has flips outside of the output; measure again")
+        row[list(places)] = True
+    return found
 
 
 def _conclude_exact(found: OutputComparison, tally: _Tally, policy: Law) -> OutputComparison:
     columns = tally.columns
-    judged, wrong = columns["judged"], columns["wrong"]
+    judged, wrong, own = columns["judged"], columns["wrong"], columns["own"]
     found = dataclasses.replace(found, yardstick="equality", excluded=int((~judged).sum()), mismatches=0)
     if not judged.any():
         return dataclasses.replace(
             found, reason="nothing left to compare: the original itself differs from the reference in every sample"
         )
-    count = int(wrong.sum())
-    turned = int((wrong > 0).sum())
-    excused = isinstance(policy, Fidelity) and turned <= (1 - policy.top1) * int(judged.sum())
+    flips, elements, count = int(own.sum()), int(columns["count"][judged].sum()), int(wrong.sum())
+    allowed, over = 0.0, wrong > 0
+    if isinstance(policy, Policy):
+        allowed, each = policy.allowed_flips(flips, elements), policy.allowed_sample_flips(own, columns["count"])
+        over = wrong > each
+    elif isinstance(policy, Fidelity):
+        allowed, over = (1 - policy.top1) * elements, np.zeros(len(wrong), bool)
     spread, insensitive = _spread(tally.moments)
-    largest = _number(columns["largest"].max()) if tally.moments is not None else (None if count else 0.0)
+    largest = number(columns["largest"].max()) if tally.moments is not None else (None if count else 0.0)
     found = dataclasses.replace(
         found,
-        passed=count == 0 or excused,
+        passed=count <= allowed and not over.any(),
+        yardstick=f"equality, but where the original differs ({flips} of {elements} values)" if flips else "equality",
         exact=count == 0,
         mismatches=count,
         max_abs=largest,
@@ -668,14 +951,19 @@ def _conclude_exact(found: OutputComparison, tally: _Tally, policy: Law) -> Outp
     )
     if found.passed:
         return found
-    sample = int(np.argmax(wrong > 0))
+    sample = int(np.argmax(over if over.any() else wrong > 0))
     index = _unravelled(int(columns["place"][sample]), tally.shape)
+    most = ""
+    if int(allowed):
+        most = f", {int(allowed)} may"
+        if over.any():
+            most += f"; {int(wrong[sample])} of {int(columns['count'][sample])} in sample {sample}"
     return dataclasses.replace(
         found,
         worst_sample=sample,
         worst_index=index,
         reason=_one_line(
-            f"{count} of {int(columns['count'][judged].sum())} values differ (first: sample {sample} "
+            f"{count} of {elements} values differ{most} (first: sample {sample} "
             f"{list(index)}: candidate {columns['c'][sample]}, reference {columns['r'][sample]})"
         ),
     )
@@ -689,14 +977,14 @@ def _tally_values(output: Array, candidate: Array, policy: Law, noise: Noise | N
     both = live & np.isfinite(c)
     error, size = np.where(both, np.abs(c - r), 0.0), np.where(live, np.abs(r), 0.0)
     if isinstance(policy, Tolerance):
-        allowed = policy.atol + policy.rtol * size
-        excess = np.where(error > 0, error / np.where(allowed > 0, allowed, _TINY), 0.0)
+        allowed = policy.allowed(size)
+        excess = ratios(error, allowed)
         wrong = (~(error <= allowed)).sum(axis=1)
     else:
         excess, wrong = error, np.zeros(len(r), np.int64)
     place = np.where(drift.any(axis=1), drift.argmax(axis=1), excess.argmax(axis=1))
     here = np.arange(len(r))
-    size_l2, other_l2 = _norms(size), _norms(np.where(both, c, 0.0))
+    size_l2, other_l2 = norms(size), norms(np.where(both, c, 0.0))
     counted = both & (r != 0)
     relative = np.where(counted, error / np.where(counted, size, 1.0), 0.0).max(axis=1, initial=0.0)
     columns = {
@@ -709,13 +997,13 @@ def _tally_values(output: Array, candidate: Array, policy: Law, noise: Noise | N
         "place": place,
         "c": c[here, place],
         "r": r[here, place],
-        "error_l2": _norms(error),
+        "error_l2": norms(error),
         "error_max": error.max(axis=1, initial=0.0),
         "size_l2": size_l2,
         "size_max": size.max(axis=1, initial=0.0),
         "other_l2": other_l2,
         "cosine": (_unit_rows(np.where(both, c, 0.0)) * _unit_rows(np.where(both, r, 0.0))).sum(axis=1),
-        "both_l2": _norms(np.where(both, r, 0.0)),
+        "both_l2": norms(np.where(both, r, 0.0)),
         "relative": np.where(counted.any(axis=1), relative, math.nan),
         "rtol": _smallest_rtols(error, size),
         "noise_l2": np.array([0.0] * len(r) if noise is None else [0.0 if v is None else v for v in noise.l2]),
@@ -724,7 +1012,14 @@ def _tally_values(output: Array, candidate: Array, policy: Law, noise: Noise | N
         **_classes(r, c, judged, output.ndim),
     }
     ulps = _ulps(error, r, both, candidate.dtype)
-    return _Tally("value", output.shape[1:], columns, _moments(r[judged]), ulps, noise is not None)
+    channels = None
+    if isinstance(policy, Policy) and noise is not None and noise.channels is not None and output.ndim > 1:
+        if len(noise.channels) != output.shape[-1]:
+            raise RefusedError(
+                f"the noise record has {len(noise.channels)} channels, the data {output.shape[-1]}; measure again"
+            )
+        channels = _Channels.of(r, c, error, size, judged, np.array(noise.channels))
+    return _Tally("value", output.shape[1:], [columns], _moments(r[judged]), ulps, noise is not None, channels)
 
 
 def _conclude_values(found: OutputComparison, tally: _Tally, policy: Law) -> OutputComparison:
@@ -740,48 +1035,60 @@ def _conclude_values(found: OutputComparison, tally: _Tally, policy: Law) -> Out
         return dataclasses.replace(found, reason="nothing left to compare: the reference holds no finite value")
     rows = _Rows(columns, policy, tally.stated)
     drift = int(columns["drift"].sum())
+    channel = None
     if isinstance(policy, Tolerance):
         failures, excess = _tolerance_law(columns, policy), columns["excess"]
     elif isinstance(policy, Fidelity):
         failures, excess = _fidelity_laws(rows, policy), columns["error_max"]
     else:
         failures, allowed = _noise_laws(rows, policy)
-        excess = columns["error_max"] / np.where(allowed > 0, allowed, _TINY)
+        excess = ratios(columns["error_max"], allowed)
+        wrong = None if tally.channels is None else tally.channels.failing(policy)
+        if wrong is not None:
+            channel = None if failures else wrong[1]
+            failures.append(wrong[0])
         failures += _top1_law(rows, policy)
     if drift:
-        excess = columns["drift"] > 0
+        excess, channel = columns["drift"] > 0, None
         failures = [f"NaN or infinity at {drift} places where the reference has none, or the reverse"]
     sample = int(np.argmax(excess))
     index = _unravelled(int(columns["place"][sample]), tally.shape)
-    total, signal = _norm(columns["error_l2"]), _norm(columns["size_l2"])
+    worst_c, worst_r = columns["c"][sample], columns["r"][sample]
+    if channel is not None and tally.channels is not None:
+        sample, position, worst_c, worst_r = (
+            part[channel]
+            for part in (tally.channels.sample, tally.channels.position, tally.channels.c, tally.channels.r)
+        )
+        sample, index = int(sample), (*_unravelled(int(position), tally.shape[:-1]), channel)
+    total, signal = norm(columns["error_l2"]), norm(columns["size_l2"])
     exact = not drift and not columns["error_max"].any()
     spread, insensitive = _spread(tally.moments)
-    own = _norm(rows.noise_l2) if tally.stated else 0.0
-    largest = None if drift else _number(columns["error_max"].max())
+    own = norm(rows.noise_l2) if tally.stated else 0.0
+    largest = None if drift else number(columns["error_max"].max())
     relative = columns["relative"][~np.isnan(columns["relative"])]
     usable, kl = columns["usable"], columns["kl"][judged]
     return dataclasses.replace(
         found,
         passed=not failures,
         reason=_one_line(
-            "; ".join(failures) + f" (worst: sample {sample} {list(index)}: candidate {columns['c'][sample]:.9g}, "
-            f"reference {columns['r'][sample]:.9g})"
+            "; ".join(failures) + f" (worst: sample {sample} {list(index)}: candidate {worst_c:.9g}, "
+            f"reference {worst_r:.9g})"
         )
         if failures
         else None,
         yardstick=rows.yardstick,
         exact=exact,
-        snr_db=None if drift else _decibels(signal, total),
-        reference_snr_db=_decibels(signal, own),
-        noise_ratio=_number(total / own) if own > 0 and not drift else None,
+        snr_db=None if drift else decibels(signal, total),
+        reference_snr_db=decibels(signal, own),
+        noise_ratio=number(total / own) if own > 0 and not drift else None,
         max_abs=largest,
-        max_rel=_number(relative.max()) if relative.size else None,
+        max_rel=number(relative.max()) if relative.size else None,
         cosine=_cosine(columns),
         top1_agreement=float(1 - columns["turned"].sum() / usable.sum()) if usable.any() else None,
         top5_agreement=float(columns["five"].sum() / usable.sum()) if usable.any() and columns["of"][0] > 5 else None,
-        kl=None if np.isnan(kl).any() else {"mean": _number(kl.mean()), "max": _number(kl.max())},
+        kl=None if np.isnan(kl).any() else {"mean": number(kl.mean()), "max": number(kl.max())},
         ulp=None if drift else _ulp_summary(tally.ulps),
-        smallest_rtol=None if drift else _number(columns["rtol"].max()),
+        smallest_rtol=None if drift else number(columns["rtol"].max()),
         smallest_atol=largest,
         worst_sample=None if exact else sample,
         worst_index=None if exact else index,
@@ -803,8 +1110,8 @@ def _cosine(columns: Mapping[str, Array]) -> float | None:
     mine, theirs = columns["other_l2"], columns["both_l2"]
     if not mine.any() or not theirs.any():
         return None
-    inner = float(np.sum(columns["cosine"] * (mine / _norm(mine)) * (theirs / _norm(theirs))))
-    return _number(min(1.0, max(-1.0, inner)))
+    inner = float(np.sum(columns["cosine"] * (mine / norm(mine)) * (theirs / norm(theirs))))
+    return number(min(1.0, max(-1.0, inner)))
 
 
 def _smallest_rtols(error: Floats, size: Floats) -> Floats:
@@ -873,67 +1180,72 @@ class _Rows:
         elif isinstance(policy, Fidelity):
             self.yardstick = f"{policy.snr_db:g} dB, {policy.sample_db:g} dB in each sample"
 
-    def pooled(self, norm: str) -> tuple[Floats, Floats]:
-        """max(N(s), q·S(s)) and S(s) of the module docstring."""
-        noise, size = (self.noise_l2, self.size_l2) if norm == "l2" else (self.noise_max, self.size_max)
-        known = self.judged & (size > 0)
-        scale = np.maximum(size, _quantile(size[known], 0.5))
-        return np.maximum(noise, _quantile(noise[known] / scale[known], 0.9) * scale), scale
+    @property
+    def l2(self) -> tuple[Floats, Floats, Scale]:
+        """The original's own error, the reference, and what they are held up by, in L2."""
+        return self.noise_l2, self.size_l2, Scale.of(self.noise_l2, self.size_l2, self.judged)
+
+    @property
+    def max(self) -> tuple[Floats, Floats, Scale]:
+        """The same in the maximum norm."""
+        return self.noise_max, self.size_max, Scale.of(self.noise_max, self.size_max, self.judged)
+
+    def worst(self, error: Floats, allowed: Floats) -> tuple[int, int] | None:
+        """The sample furthest beyond what is allowed, and how many are."""
+        bad = ~(error <= allowed) & self.judged
+        return (int(np.argmax(np.where(bad, ratios(error, allowed), -1.0))), int(bad.sum())) if bad.any() else None
 
 
 def _noise_laws(rows: _Rows, policy: Policy) -> tuple[list[str], Floats]:
     """What fails, and what the element law allows each sample."""
     failures = []
     error_l2, error_max = rows.columns["error_l2"], rows.columns["error_max"]
-    noise, signal, error = _norm(rows.noise_l2), _norm(rows.size_l2), _norm(error_l2)
+    noise, signal, error = norm(rows.noise_l2), norm(rows.size_l2), norm(error_l2)
     if noise > policy.noise_limit * signal:
         failures.append(
             f"the original's own error is {noise:.3g} against a reference of {signal:.3g}: no yardstick, "
             "so nothing can be proven (is the reference right?)"
         )
-    whole = policy.factor_whole * noise + policy.floor_l2 * signal
+    whole = policy.allowed_whole(noise, signal)
     if not error <= whole:
         failures.append(f"whole output: L2 error {error:.3g}, allowed {whole:.3g} (the original's own {noise:.3g})")
-    pool, scale = rows.pooled("l2")
-    sample = policy.factor_sample * pool + policy.floor_l2 * scale
-    bad = ~(error_l2 <= sample) & rows.judged
-    if bad.any():
-        s = int(np.argmax(np.where(bad, error_l2 / np.maximum(sample, _TINY), 0.0)))
+    sample = policy.allowed_sample(*rows.l2)
+    bad = rows.worst(error_l2, sample)
+    if bad is not None:
+        s, count = bad
         failures.append(
-            f"sample {s} ({int(bad.sum())} of {int(rows.judged.sum())} fail): L2 error {error_l2[s]:.3g}, "
+            f"sample {s} ({count} of {int(rows.judged.sum())} fail): L2 error {error_l2[s]:.3g}, "
             f"allowed {sample[s]:.3g} (the original's own {rows.noise_l2[s]:.3g})"
         )
-    pool, scale = rows.pooled("max")
-    element = policy.factor_element * pool + policy.floor_max * scale
-    bad = ~(error_max <= element) & rows.judged
-    if bad.any():
-        s = int(np.argmax(np.where(bad, error_max / np.maximum(element, _TINY), 0.0)))
+    element = policy.allowed_element(*rows.max)
+    bad = rows.worst(error_max, element)
+    if bad is not None:
+        s, _ = bad
         failures.append(
             f"worst element: error {error_max[s]:.3g} in sample {s}, allowed {element[s]:.3g} "
             f"(the original's own {rows.noise_max[s]:.3g})"
         )
-    return failures, np.asarray(element)
+    return failures, element
 
 
 def _fidelity_laws(rows: _Rows, policy: Fidelity) -> list[str]:
     failures = []
-    error, signal = _norm(rows.columns["error_l2"]), _norm(rows.size_l2)
-    if not error <= 10 ** (-policy.snr_db / 20) * signal:
-        found = _decibels(signal, error)
+    error_l2 = rows.columns["error_l2"]
+    error, signal = norm(error_l2), norm(rows.size_l2)
+    if not error <= policy.allowed_whole(0.0, signal):
+        found = decibels(signal, error)
         failures.append(
             f"whole output: SNR {0.0 if found is None else found:.1f} dB, {policy.snr_db:g} dB are asked for"
         )
-    _, scale = rows.pooled("l2")
-    allowed = 10 ** (-policy.sample_db / 20) * scale
-    bad = ~(rows.columns["error_l2"] <= allowed) & rows.judged
-    if bad.any():
-        s = int(np.argmax(np.where(bad, rows.columns["error_l2"] / np.maximum(allowed, _TINY), 0.0)))
+    allowed = policy.allowed_sample(*rows.l2)
+    bad = rows.worst(error_l2, allowed)
+    if bad is not None:
+        s, count = bad
         failures.append(
-            f"sample {s} ({int(bad.sum())} of {int(rows.judged.sum())} fail): L2 error "
-            f"{rows.columns['error_l2'][s]:.3g}, allowed {allowed[s]:.3g}"
+            f"sample {s} ({count} of {int(rows.judged.sum())} fail): L2 error {error_l2[s]:.3g}, "
+            f"allowed {allowed[s]:.3g}"
         )
-    _, scale = rows.pooled("max")
-    close = rows.columns["margin"] <= 2 * 10 ** (-policy.snr_db / 20) * scale
+    close = rows.columns["margin"] <= policy.allowed_margin(*rows.max)
     usable, turned = int(rows.columns["usable"].sum()), int((rows.columns["turned"] & ~close).sum())
     if turned > (1 - policy.top1) * usable:
         failures.append(
@@ -952,8 +1264,7 @@ def _top1_law(rows: _Rows, policy: Policy) -> list[str]:
     turned, margin = rows.columns["turned"], rows.columns["margin"]
     if not turned.any():
         return []
-    pool, scale = rows.pooled("max")
-    excused = 2 * (policy.factor_top1 * pool + policy.floor_max * scale)
+    excused = policy.allowed_margin(*rows.max)
     bad = turned & ~(margin <= excused)
     if not bad.any():
         return []
@@ -970,7 +1281,7 @@ def _top1_law(rows: _Rows, policy: Policy) -> list[str]:
 
 # Name: percentile, and the samples it needs so that at least one lies beyond it.
 PERCENTILES = {"median": (50.0, 1), "p90": (90.0, 10), "p99": (99.0, 100), "p99_9": (99.9, 1000)}
-CONFIDENCE = 0.95
+CONFIDENCE = 1 - 2 / 2**6  # six values of one sign
 
 
 def summarize(samples: Sequence[float]) -> dict[str, float | None]:
@@ -995,20 +1306,44 @@ def log_ratios(rounds_a: Sequence[Sequence[float]], rounds_b: Sequence[Sequence[
     )
 
 
-def median_interval(values: Sequence[float] | Floats, confidence: float = CONFIDENCE) -> tuple[float, float] | None:
-    """The order statistics x₍k₎, x₍n+1−k₎ that hold the median with at least this confidence; None if n is too small.
+def centre(values: Sequence[float] | Floats) -> float:
+    """Hodges' and Lehmann's estimate: the median of the means of all pairs, each value with itself included."""
+    return float(np.median(_pair_means(np.asarray(values, np.float64))))
 
-    P(x₍k₎ ≤ median ≤ x₍n+1−k₎) ≥ 1 − 2·P(Bin(n, 1/2) < k), for any distribution. 95 % needs six values.
+
+def centre_interval(values: Sequence[float] | Floats, confidence: float = CONFIDENCE) -> tuple[float, float] | None:
+    """The pair means w₍k₎, w₍m+1−k₎, m = n·(n+1)/2, that hold the centre with this confidence; None if n is too small.
+
+    For values that are symmetric about the centre: P(w₍k₎ ≤ centre ≤ w₍m+1−k₎) ≥ 1 − 2·P(T < k), T the sum of the
+    ranks 1, ..., n of which each counts with probability 1/2. The default level needs six values.
     """
-    ordered = sorted(float(value) for value in values)
-    n = len(ordered)
-    k, outside = 0, 0.0
-    while True:  # the largest k that keeps the promise; comb(n, n // 2) / 2**n bounds the loop at n / 2
-        outside += 2 * math.comb(n, k) / 2**n
-        if outside > 1 - confidence:
-            break
-        k += 1
-    return (ordered[k - 1], ordered[n - k]) if k else None
+    means = np.sort(_pair_means(np.asarray(values, np.float64)))
+    k = _rank(len(values), confidence)
+    return (float(means[k - 1]), float(means[-k])) if k else None
+
+
+def _pair_means(values: Floats) -> Floats:
+    first, second = _pairs_among(len(values))
+    means: Floats = (values[first] + values[second]) / 2
+    return means
+
+
+@functools.lru_cache(maxsize=64)
+def _pairs_among(n: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    return np.triu_indices(n)
+
+
+@functools.lru_cache(maxsize=64)
+def _rank(n: int, confidence: float) -> int:
+    """The largest k that keeps the promise of `centre_interval`, at most half of the pair means; 0 if there is none."""
+    total = n * (n + 1) // 2
+    chance = np.zeros(total + 1)  # of each rank sum
+    chance[0] = 1.0
+    for rank in range(1, n + 1):
+        chance[rank:] = (chance[rank:] + chance[:-rank]) / 2
+        chance[:rank] /= 2
+    outside = 2 * np.cumsum(chance[: (total + 1) // 2])  # of T ≤ 0, 1, ...
+    return int(np.searchsorted(outside, 1 - confidence + 1e-12, side="right"))
 
 
 def _durations(samples: Sequence[float]) -> Floats:
@@ -1305,7 +1640,8 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 # --------------------------------------------------------------------------------------------------------------
 
 # Short names; every full name that this onnxruntime offers is understood too. TensorFloat-32 keeps 10 bits of the
-# 23 and is CUDA's default: a float32 proof asks for float32.
+# 23 and is CUDA's default: a float32 proof asks for float32. TensorRT's is switched off by a variable only, which
+# NVIDIA's libraries read when they are first used; one that the user has set stands.
 PROVIDERS: dict[str, tuple[str, dict[str, str]]] = {
     "cpu": ("CPUExecutionProvider", {}),
     "cuda": ("CUDAExecutionProvider", {"use_tf32": "0"}),
@@ -1319,6 +1655,7 @@ PROVIDERS: dict[str, tuple[str, dict[str, str]]] = {
     "qnn": ("QNNExecutionProvider", {}),
     "xnnpack": ("XnnpackExecutionProvider", {}),
 }
+VARIABLES = {"TensorrtExecutionProvider": ("NVIDIA_TF32_OVERRIDE", "0")}
 
 
 def import_onnxruntime() -> Any:
@@ -1345,6 +1682,8 @@ class Session:
             raise RefusedError(f"threads is {threads}; give a number from 1 on")
         self.bundle, self.threads, self.version = bundle, threads, str(onnxruntime.__version__)
         self.provider, self.options = _provider(provider, onnxruntime.get_available_providers())
+        if self.provider in VARIABLES:
+            os.environ.setdefault(*VARIABLES[self.provider])
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")  # ignored by old versions

@@ -2,11 +2,17 @@
 
 Random data miss what is wrong for few inputs only: an activation that is cut off above a value the data hardly reach,
 one row of an Embedding, a branch that a threshold switches on. The search looks for such inputs with a budget of
-evaluations of the candidate. What it maximises is the ratio by which a sample is judged (`deploykit.verify`),
+evaluations of the candidate. What it maximises is the ratio of the error to what the law in force allows a sample
+(`deploykit.verify`); above 1 the candidate fails. q and the median of S are taken from the data.
 
-    ratio(x) = max over outputs, norms of   ‖c−r‖ / (f·max(N(x), q·S(x)) + 4·eps·S(x))      S(x) = max(‖r‖, median)
+    policy      ratio(x) = max over outputs, norms of   ‖c−r‖ / (f·max(N(x), q·S(x)) + 4·eps·S(x))
+                S(x) = max(‖r‖, median), f = 8 in L2 and 16 in the maximum norm
+    fidelity    ratio(x) = max over outputs of   ‖c−r‖ / (10^(−dB/20)·S(x)),  dB that of each sample
+    tolerance   ratio(x) = max over elements of   |c−r| / (atol + rtol·|r|)
 
-with f = 8 in L2 and 16 in the maximum norm, q and the median taken from the data. Above 1 the candidate fails.
+Of whole numbers it counts how many differ where the original itself does not, against how many of a sample may. Under
+fidelity they do not count: it allows a share of all answers to change, and a search looks for just these. The law of
+the channels is one over all samples: a search cannot ask it of a point.
 
 Where it looks, in turns
 ------------------------
@@ -26,7 +32,7 @@ Being fair
 A search for the largest ratio also finds inputs on which the *original* happens to be lucky: N(x) is one draw. So the
 points found are judged with N(x) as the largest own error at x and at `NEIGHBOURS` points within one unit in the last
 place of it; for a candidate that must not fail where the original does not know its own answer, these points count as
-x itself. Whole-number outputs count only where the original gives one answer at all of them.
+x itself. Of whole numbers as many may differ as the original's own do at one of these points.
 
 The box is the data's own range: per feature for inputs of rank 2, else per channel; what does not vary in the data does
 not vary here. Inside of it inputs need not look like data; a failure outside of what can occur is for people to
@@ -39,7 +45,7 @@ it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,13 +53,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from deploykit.compare import Law
 from deploykit.errors import DataError, InputError
 from deploykit.files import whole_file
 from deploykit.fuse.proof import slice_of
 from deploykit.graph import Trace, flat_call, functional_form, replay, run, runnable, trace
 from deploykit.opaque import graph_of, nudged
 from deploykit.runtimes import Session
-from deploykit.verify import POLICIES, Policy
+from deploykit.verify import FLOAT32, Fidelity, Policy, Scale, Tolerance, norms, number, ratios
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
@@ -115,18 +122,21 @@ def search(
     budget: int = 400,
     seed: int = 0,
     fused: Any = None,
+    law: Law = FLOAT32,
+    boxes: Mapping[str, Box] | None = None,
 ) -> WorstCase:
-    """Find the input on which ``candidate`` is furthest beyond what is allowed, with ``budget`` evaluations of it.
+    """Find the input on which ``candidate`` is furthest beyond what ``law`` allows, with ``budget`` evaluations of it.
 
-    ``samples``: the data, by input name; they say where to look and set the scale. ``fused``: a Keras model that
-    computes what the candidate should, for the gradient. Raises DataError without samples, InputError for a budget
-    that is none.
+    ``samples``: of the data, by input name; the search starts from them, and they set the scale. ``boxes``: the range
+    of each input (`boxes_of`), by default that of ``samples``. ``fused``: the candidate as a Keras model, or one that
+    computes what it should, for the gradient. Raises DataError without samples and for a candidate whose outputs have
+    other shapes, InputError for a budget that is none.
     """
     if budget < 1:
         raise InputError(f"a search with {budget} evaluations finds nothing; give at least 1")
     if not samples or not len(next(iter(samples.values()))):
         raise DataError("a search needs samples to start from; give at least one")
-    return _Search(original, candidate, samples, seed, fused).found(budget)
+    return _Search(original, candidate, samples, boxes or boxes_of([samples]), law, seed, fused).found(budget)
 
 
 # -------------------------------------------------------------------------------------------------- the box
@@ -144,12 +154,18 @@ class Box:
     def around(cls, array: Array) -> Box:
         if array.dtype.kind not in "fiub":
             raise DataError(f"a search cannot vary inputs of dtype {array.dtype}; compare them with data instead")
+        if not np.isfinite(array).all():
+            raise DataError("a search has no range to look in where the data hold infinity; give finite data")
         channel = array.ndim - 1
         if array.ndim >= 4 and array.shape[1] in (1, 3, 4) and array.shape[-1] not in (1, 3, 4):
             channel = 1
         others = tuple(axis for axis in range(array.ndim) if axis != channel or axis == 0)
         low, high = (find(array, axis=others, keepdims=True).astype(np.float64) for find in (np.min, np.max))
         return cls(low, high, array.dtype)
+
+    def with_box(self, other: Box) -> Box:
+        """The range of both."""
+        return Box(np.minimum(self.low, other.low), np.maximum(self.high, other.high), self.dtype)
 
     @property
     def whole(self) -> bool:
@@ -166,12 +182,25 @@ class Box:
         return self.inside(self.low + levels * (self.high - self.low))
 
 
+def boxes_of(batches: Iterable[Mapping[str, Array]]) -> dict[str, Box]:
+    """The range of each input over all batches of samples; one batch is looked at at a time."""
+    boxes: dict[str, Box] = {}
+    for arrays in batches:
+        for name, array in arrays.items():
+            box = Box.around(np.asarray(array))
+            boxes[name] = boxes[name].with_box(box) if name in boxes else box
+    return boxes
+
+
 # -------------------------------------------------------------------------------------------------- judging
 
 
 @dataclass(frozen=True, eq=False)
 class _Errors:
-    """Per output and norm (a column), of each point: the error, the original's own and the size of the reference."""
+    """Per output and norm (a column), of each point: the error, the original's own and the size of the reference.
+
+    The first column of whole numbers: how many differ, how many of the original's own do, how many there are.
+    """
 
     error: Floats
     own: Floats
@@ -181,53 +210,56 @@ class _Errors:
         return _Errors(self.error, own, self.size)
 
 
-def _norms(r: Array, o: Array, c: Array | None) -> tuple[Floats, Floats, Floats]:
+def _measured(r: Array, o: Array, c: Array | None, law: Law) -> tuple[Floats, Floats, Floats]:
     """Errors of c and o and the size of r in L2 and in the maximum norm, one row for each point.
 
-    An original that disagrees about what is finite, or about whole numbers, is no judge: its own error is infinite.
+    An original that disagrees about what is finite is no judge: its own error is infinite. Under a tolerance the second
+    column is the element furthest beyond (or nearest to) what it may be off by.
     """
-    exact = r.dtype.kind not in "f"
+    if r.dtype.kind != "f":
+        return _flips(r, o, r if c is None else c)
     r, o, c = (np.asarray(x, dtype=np.float64).reshape(len(r), -1) for x in (r, o, r if c is None else c))
     with np.errstate(all="ignore"):
         finite = np.isfinite(r)
-        doubt = (finite != np.isfinite(o)).any(axis=1) | (exact & (r != o).any(axis=1))
-        broken = (finite != np.isfinite(c)).any(axis=1) | (exact & (r != c).any(axis=1))
-        found = []
-        for value, bad in ((c - r, broken), (o - r, doubt), (r, np.zeros(len(r), bool))):
-            rows = np.where(np.isfinite(value), value, 0.0)
-            both = np.stack([np.sqrt(np.square(rows).sum(axis=1)), np.abs(rows).max(axis=1, initial=0.0)], axis=1)
-            found.append(np.where(bad[:, None], math.inf, both))
+        doubt, broken = ((finite != np.isfinite(x)).any(axis=1) for x in (o, c))
+        error, own, size = (np.abs(np.where(np.isfinite(x), x, 0.0)) for x in (c - r, o - r, r))
+        found = [np.stack([norms(x), x.max(axis=1, initial=0.0)], axis=1) for x in (error, own, size)]
+        if isinstance(law, Tolerance) and error.size:
+            here, place = np.arange(len(r)), np.argmax(ratios(error, law.allowed(size)), axis=1)
+            found[0][:, 1], found[2][:, 1] = error[here, place], size[here, place]
+    found[0][broken], found[1][doubt] = math.inf, math.inf
     return found[0], found[1], found[2]
+
+
+def _flips(r: Array, o: Array, c: Array) -> tuple[Floats, Floats, Floats]:
+    """Whole numbers: how many of c differ where o does not, how many of o do, and how many there are."""
+    r, o, c = (x.reshape(len(x), -1) for x in (r, o, c))
+    excused = r != o
+    wrong = ((r != c) & ~excused).sum(axis=1)
+    own = np.where(excused.all(axis=1), math.inf, excused.sum(axis=1))
+    counts = (wrong, own, np.full(len(r), r.shape[1]))
+    error, own, size = (np.repeat(np.asarray(x, np.float64)[:, None], 2, axis=1) for x in counts)
+    return error, own, size
 
 
 class _Judge:
     """The reference, the original and the candidate on points; q and the median from the data."""
 
-    def __init__(self, original: Any, candidate: Session, found: Trace) -> None:
-        self.found, self.original, self.candidate = found, original, candidate
+    def __init__(self, original: Any, candidate: Session, found: Trace, law: Law) -> None:
+        self.found, self.original, self.candidate, self.law = found, original, candidate, law
         opaque = graph_of(original) is not None
         self.exact = original if opaque else replay(found, dtype="float64")
         self.plain = nudged(original, 0) if opaque else original
         self.batch = slice_of(found)
         self.names = [spec.name for spec in found.signature.outputs]
+        self.whole = ["float" not in spec.dtype for spec in found.signature.outputs]
         self.fixed = found.signature.inputs[0].shape[0]
         self.spent = 0
-        law = POLICIES["float32"]
-        assert isinstance(law, Policy)
-        self.factors = np.tile([law.factor_sample, law.factor_element], len(self.names))
-        self.floors = np.tile([law.floor_l2, law.floor_max], len(self.names))
-        self.median = self.share = np.zeros(len(self.factors))
+        self.scales = [Scale()] * (2 * len(self.names))  # of each column
 
     def scale_by(self, errors: _Errors) -> None:
         """Take q and the median size of each output from the data."""
-        for column in range(len(self.factors)):
-            size, own = errors.size[:, column], errors.own[:, column]
-            known = np.isfinite(own) & (size > 0)
-            sizes = np.sort(size[known])
-            median = sizes[(len(sizes) - 1) // 2] if len(sizes) else 0.0
-            shares = np.sort(own[known] / np.maximum(size[known], median))
-            self.median[column] = median
-            self.share[column] = shares[int(0.9 * (len(shares) - 1))] if len(shares) else 0.0
+        self.scales = [Scale.of(own, size) for own, size in zip(errors.own.T, errors.size.T, strict=True)]
 
     def own(self, points: Points) -> list[tuple[Array, Array]]:
         pairs = (run(model, points, batch=self.batch) for model in (self.exact, self.plain))
@@ -238,7 +270,11 @@ class _Judge:
         count = len(next(iter(points.values())))
         self.spent += count
         answers = self.answers(points, count)
-        parts = [_norms(r, o, answers[name]) for name, (r, o) in zip(self.names, self.own(points), strict=True)]
+        parts = []
+        for name, (r, o) in zip(self.names, self.own(points), strict=True):
+            if answers[name].shape != r.shape:
+                raise DataError(f"output {name} has shape {list(answers[name].shape)} instead of {list(r.shape)}")
+            parts.append(_measured(r, o, answers[name], self.law))
         return _Errors(*(np.concatenate(columns, axis=1) for columns in zip(*parts, strict=True)))
 
     def answers(self, points: Points, count: int) -> dict[str, Array]:
@@ -252,16 +288,26 @@ class _Judge:
 
     def columns(self, errors: _Errors) -> tuple[Floats, Floats]:
         """Each error over what is allowed, and what is allowed; 0 where the original is no judge."""
-        scale = np.maximum(errors.size, self.median)
-        with np.errstate(all="ignore"):
-            allowed = self.factors * np.maximum(errors.own, self.share * scale) + self.floors * scale
-            ratios = np.where(errors.error > 0, errors.error / allowed, 0.0)
-        return np.where(np.isfinite(errors.own), ratios, 0.0), allowed
+        allowed = np.stack([self.allowed(i, errors) for i in range(len(self.scales))], axis=1)
+        held = np.isfinite(errors.own) & np.isfinite(allowed)
+        return np.where(held, ratios(errors.error, allowed), 0.0), allowed
+
+    def allowed(self, column: int, errors: _Errors) -> Floats:
+        """What each point's error may be in one column; infinite where no law holds it."""
+        own, size, scale = errors.own[:, column], errors.size[:, column], self.scales[column]
+        anything, element = np.full(len(size), math.inf), bool(column % 2)
+        if self.whole[column // 2]:
+            if element or isinstance(self.law, Fidelity):
+                return anything
+            return np.maximum(self.law.allowed_sample_flips(own, size), own) if isinstance(self.law, Policy) else own
+        if isinstance(self.law, Tolerance):
+            return self.law.allowed(size) if element else anything
+        return (self.law.allowed_element if element else self.law.allowed_sample)(own, size, scale)
 
     def fairly(self, point: Points, errors: _Errors, rng: np.random.Generator) -> _Errors:
         """The errors of one point, its own error the largest among its neighbours."""
         near = {name: _neighbours(array, rng) for name, array in point.items()}
-        parts = [_norms(r, o, None)[1] for r, o in self.own(near)]
+        parts = [_measured(r, o, None, self.law)[1] for r, o in self.own(near)]
         return errors.with_own(np.maximum(errors.own, np.concatenate(parts, axis=1).max(axis=0, keepdims=True)))
 
 
@@ -280,21 +326,29 @@ def _neighbours(array: Array, rng: np.random.Generator) -> Array:
 
 
 class _Search:
-    def __init__(self, original: Any, candidate: Session, samples: Mapping[str, Array], seed: int, fused: Any) -> None:
+    def __init__(
+        self,
+        original: Any,
+        candidate: Session,
+        samples: Mapping[str, Array],
+        boxes: Mapping[str, Box],
+        law: Law,
+        seed: int,
+        fused: Any,
+    ) -> None:
         self.found_in = trace(original)
-        self.judge = _Judge(original, candidate, self.found_in)
+        self.judge = _Judge(original, candidate, self.found_in, law)
         self.samples = {spec.name: np.asarray(samples[spec.name]) for spec in self.found_in.signature.inputs}
-        self.boxes = {name: Box.around(array) for name, array in self.samples.items()}
+        self.boxes = {name: boxes[name] for name in self.samples}
         self.seed, self.rng = seed, np.random.default_rng(seed)
         self.climber = _Climber.of(self.judge.exact, fused, self.found_in, self.boxes)
         self.best: list[tuple[float, int, str, Points, _Errors]] = []  # the best first
         self.count = 0
 
     def found(self, budget: int) -> WorstCase:
-        given = {name: array[: self.most(len(array))] for name, array in self.samples.items()}
-        errors = self.judge.errors(given)
+        errors = self.judge.errors(self.samples)
         self.judge.scale_by(errors)
-        self.keep("data", given, errors)
+        self.keep("data", self.samples, errors)
         known = self.best[0][0]
         self.judge.spent = 0
         corners = int(SHARES["corners"] * budget)
@@ -303,9 +357,6 @@ class _Search:
             self.spend(corners + int(SHARES["gradient"] * budget), "gradient", self.ascents())
         self.spend(budget, "evolution", self.evolution())
         return self.concluded(known)
-
-    def most(self, count: int) -> int:
-        return min(count, 256)
 
     def spend(self, until: int, way: str, batches: Iterator[Points]) -> None:
         """Evaluate what a part of the search proposes until its share of the budget is spent."""
@@ -317,11 +368,11 @@ class _Search:
             self.keep(way, points, self.judge.errors(points))
 
     def keep(self, way: str, points: Points, errors: _Errors) -> None:
-        ratios = self.judge.columns(errors)[0].max(axis=1, initial=0.0)
-        for row in np.argsort(-ratios, kind="stable")[: 2 * PARENTS]:
+        over = self.judge.columns(errors)[0].max(axis=1, initial=0.0)
+        for row in np.argsort(-over, kind="stable")[: 2 * PARENTS]:
             one = {name: array[row : row + 1] for name, array in points.items()}
             own = _Errors(*(part[row : row + 1] for part in (errors.error, errors.own, errors.size)))
-            self.best.append((float(ratios[row]), self.count, way, one, own))
+            self.best.append((float(over[row]), self.count, way, one, own))
             self.count += 1
         self.best.sort(key=lambda entry: (-entry[0], entry[1]))
         del self.best[2 * PARENTS :]
@@ -425,7 +476,7 @@ class _Search:
             before = self.count
             yield {name: np.concatenate([row[name] for row in rows]) for name in self.boxes}
             # children are kept in the order of their ratio; the step of a survivor is the typical one of its brood
-            steps.update((number, float(np.median(born))) for number in range(before, self.count))
+            steps.update((born_as, float(np.median(born))) for born_as in range(before, self.count))
 
     def child(self, mother: Points, father: Points, step: float) -> Points:
         point = {}
@@ -446,37 +497,34 @@ class _Search:
     def concluded(self, known: float) -> WorstCase:
         """The worst of the finalists, each judged with its neighbours."""
         finals = []
-        for _, number, way, point, errors in self.best[:FINALISTS]:
+        for _, place, way, point, errors in self.best[:FINALISTS]:
             fair = self.judge.fairly(point, errors, np.random.default_rng(self.seed))
-            ratios, allowed = self.judge.columns(fair)
-            column = int(np.argmax(ratios[0]))
+            over, allowed = self.judge.columns(fair)
+            column = int(np.argmax(over[0]))
             finals.append(
-                (float(ratios[0, column]), -number, way, point, column, fair.error[0, column], allowed[0, column])
+                (float(over[0, column]), -place, way, point, column, fair.error[0, column], allowed[0, column])
             )
         ratio, _, way, point, column, error, allowed = max(finals, key=lambda entry: entry[:2])
-        norm = ("L2 error", "largest error")[column % 2]
+        norm = "differing values" if self.judge.whole[column // 2] else ("L2 error", "largest error")[column % 2]
         output = self.judge.names[column // 2]
         reason = None
         if ratio > 1:
-            told = f"{ratio:.3g} times what is allowed" if math.isfinite(ratio) else "NaN, infinity or another number"
+            none = "where none is allowed" if math.isfinite(error) else "NaN or infinity on one side alone"
+            told = f"{ratio:.3g} times what is allowed" if math.isfinite(ratio) else none
             reason = f"output {output}: {norm} {error:.3g}, {told}, on an input within the data's range"
         return WorstCase(
             passed=ratio <= 1,
-            ratio=_finite(ratio),
-            among_data=_finite(known),
+            ratio=number(ratio),
+            among_data=number(known),
             output=output,
-            error=_finite(error),
-            allowed=_finite(allowed),
+            error=number(error),
+            allowed=number(allowed),
             way=way,
             evaluations=self.judge.spent,
             seed=self.seed,
             sample={name: np.repeat(array, self.judge.fixed or 1, axis=0) for name, array in point.items()},
             reason=reason,
         )
-
-
-def _finite(value: Any) -> float | None:
-    return float(value) if math.isfinite(value) else None
 
 
 # ------------------------------------------------------------------------------------------------- the gradient

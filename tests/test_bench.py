@@ -1,5 +1,6 @@
 """Timings from processes of their own: what is claimed, what is only shown, and what is left behind."""
 
+import itertools
 import json
 import math
 import os
@@ -16,10 +17,23 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from deploykit import environment
-from deploykit.bench import LUCK, BenchReport, Candidate, Progress, Timing, _noise, _of_batch, _ratio, bench, schedule
+from deploykit.bench import (
+    PROCESSES,
+    BenchReport,
+    Candidate,
+    Progress,
+    Timing,
+    _noise,
+    _of_batch,
+    _ratio,
+    _slowed,
+    bench,
+    schedule,
+)
 from deploykit.bench import size_bytes as size_of
 from deploykit.errors import DataError, InputError
 from deploykit.runtimes import worker
+from deploykit.stats import LUCK
 
 ORT = "onnxruntime-cpu"
 X = {"x": np.random.default_rng(0).standard_normal((3, 64)).astype(np.float32)}
@@ -93,7 +107,7 @@ def alive(pid: int) -> bool:
 
 CANDIDATE_KEYS = {
     *("name", "model", "runtime", "batch", "threads", "latency_ms", "throughput", "load_ms", "peak_rss_bytes"),
-    *("size_bytes", "rounds", "runs", "failed"),
+    *("size_bytes", "rounds", "runs", "failed", "size", "cold_start_ms"),
 }
 
 
@@ -119,11 +133,15 @@ def test_keras_and_onnx_side_by_side(tmp_path, capfd):
                 maps = Path(f"/proc/{pid}/maps").read_text()
                 libraries[pid] = {name for name in ("tensorflow", "onnxruntime") if f"/{name}/" in maps}
 
-    listed = [Candidate.of(tmp_path / "net.keras", threads=1), Candidate.of(tmp_path / "net.onnx", threads=1)]
+    bundle = tmp_path / "bundle"
+    bundle.mkdir()
+    (bundle / "deploykit.json").write_text("{}")
+    (tmp_path / "net.onnx").rename(bundle / "model.onnx")
+    listed = [Candidate.of(tmp_path / "net.keras", threads=1), Candidate.of(bundle, threads=1)]
     found = bench(listed, X, seconds=0.5, processes=1, progress=look)
     report = json.loads(json.dumps(found.to_json(), allow_nan=False))
 
-    assert [c["name"] for c in report["candidates"]] == ["net.keras, keras (tf.function)", "net.onnx, onnxruntime-cpu"]
+    assert [c["name"] for c in report["candidates"]] == ["net.keras, keras (tf.function)", "bundle, onnxruntime-cpu"]
     for row in report["candidates"]:
         assert set(row) >= CANDIDATE_KEYS
         assert row["failed"] is None
@@ -134,9 +152,11 @@ def test_keras_and_onnx_side_by_side(tmp_path, capfd):
         )
         assert row["rounds"] >= 10
         assert row["size_bytes"] == Path(row["model"]).stat().st_size
-        assert row["load_ms"] > 0
+        assert 0 < row["load_ms"] < row["cold_start_ms"]
+        assert row["size"] == "64"
     keras_row, onnx_row = report["candidates"]
     assert onnx_row["peak_rss_bytes"] < 200e6 < keras_row["peak_rss_bytes"]
+    assert onnx_row["cold_start_ms"] < keras_row["cold_start_ms"]  # TensorFlow's import
     (comparison,) = report["comparisons"]
     assert comparison["ci95"][0] <= comparison["ratio"] <= comparison["ci95"][1] < 1
     assert [comparison[key] for key in ("a", "b", "batch", "threads", "verdict")] == [
@@ -168,10 +188,64 @@ def test_every_batch_size_is_measured_and_a_fixed_one_says_so(small, tmp_path):
         found.timing("free")
 
 
+def test_every_size_and_number_of_threads_is_a_setting(tmp_path):
+    path = tmp_path / "any.onnx"
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", "steps", 8]) for name in "xy"]
+    saved(path, helper.make_graph([helper.make_node("Tanh", ["x"], ["y"])], "any", ends[:1], ends[1:]))
+    sizes = [{"x": np.ones((2, steps, 8), np.float32)} for steps in (4, 4000)]
+    found = bench([Candidate("a", path, ORT)], sizes, threads=(1, 2), seconds=0.1, processes=1)
+    settings = [(1, threads, size) for size in ("4x8", "4000x8") for threads in (1, 2)]
+    assert [t.setting for t in found.timings] == settings
+    report = json.loads(json.dumps(found.to_json(), allow_nan=False))
+    assert [c["input_shapes"]["x"] for c in report["candidates"]] == [[1, 4, 8]] * 2 + [[1, 4000, 8]] * 2
+    assert found.timing("a", 1, 1, "4x8").latency.median < found.timing("a", 1, 1, "4000x8").latency.median
+    with pytest.raises(InputError, match="2 timings are called 'a' at batch 1, threads 1, size None"):
+        found.timing("a", 1, 1)
+
+
+def test_only_within_a_setting_candidates_are_compared():
+    settings = list(itertools.product((1, 8), (1, 2), (4, 9)))
+    report = BenchReport(
+        tuple(
+            Timing(Candidate(name, "m.onnx", ORT), batch, threads, {"x": (batch, size)}, None, (rounds(seconds),))
+            for batch, threads, size in settings
+            for name, seconds in (("a", 1.0), ("b", 2.0))
+        )
+    )
+    rows = report.to_json()["comparisons"]
+    assert [(row["batch"], row["threads"], row["size"]) for row in rows] == [(*s[:2], str(s[2])) for s in settings]
+    assert {(row["a"], row["b"], row["verdict"]) for row in rows} == {("b", "a", "slower")}
+    assert report.comparison("a", "b", 8, 1, "9").verdict == "faster"
+
+
+def test_sizes_of_several_inputs_carry_their_names():
+    found = Timing(Candidate("a", "m.onnx", ORT), 2, 1, {"u": (2, 5, 3), "v": (2,)}, None)
+    assert found.size == "u 5x3, v scalar"
+
+
+def test_litert_stands_beside_onnx(small, tmp_path):
+    pytest.importorskip("ai_edge_litert")
+    import tensorflow as tf
+
+    class Net(tf.Module):
+        @tf.function(input_signature=[tf.TensorSpec([1, 64], tf.float32, name="x")])
+        def serve(self, x):
+            return {"y": tf.tanh(x)}
+
+    net = Net()
+    converter = tf.lite.TFLiteConverter.from_concrete_functions([net.serve.get_concrete_function()], net)
+    (tmp_path / "net.tflite").write_bytes(converter.convert())
+    listed = [Candidate.of(tmp_path / "net.tflite"), Candidate.of(small)]
+    assert [candidate.runtime for candidate in listed] == ["litert", ORT]
+    found = bench(listed, X, **QUICK)
+    assert [timing.failed for timing in found.timings] == [None, None]
+    assert found.comparisons[0].ratio is not None
+
+
 def test_a_file_ties_with_itself(small):
     found = bench([Candidate("a", small, ORT), Candidate("b", small, ORT)], X, threads=1, seconds=0.4)
     (comparison,) = found.comparisons
-    assert [len(t.processes_s) for t in found.timings] == [6, 6]  # within 10 %: asked again in fresh processes
+    assert [len(t.processes_s) for t in found.timings] == [PROCESSES] * 2  # as close as luck: asked again, afresh
     assert comparison.ratio.low < 1.05
     assert comparison.ratio.high > 0.95
 
@@ -301,6 +375,14 @@ REFUSED = [
     ({"batches": ()}, InputError, "batch sizes"),
     ({"batches": (0,)}, InputError, "batch sizes"),
     ({"batches": (2, 2)}, InputError, "batch sizes"),
+    ({"threads": (1, 0)}, InputError, "threads must be"),
+    ({"threads": (2, 2)}, InputError, "thread counts are"),
+    ({"threads": ()}, InputError, "thread counts are"),
+    ({"focus": "b"}, InputError, "no candidate is called 'b'"),
+    ({"limit": 1.1}, InputError, "as focus the candidate"),
+    ({"limit": 0, "focus": "a"}, InputError, "limit is 0"),
+    ({"inputs": []}, DataError, "no input data"),
+    ({"inputs": [{"x": np.ones((1, 4))}, {"x": np.ones((2, 4))}]}, DataError, "give different ones"),
     ({"threads": 0}, InputError, "threads must be"),
     ({"seconds": 0}, InputError, "seconds is 0"),
     ({"seconds": math.nan}, InputError, "seconds is nan"),
@@ -322,6 +404,64 @@ def test_nonsense_is_refused_before_anything_starts(change, error, message):
     inputs = change.pop("inputs", X)
     with pytest.raises(error, match=message):
         bench(listed, inputs, progress=lambda step: pytest.fail("started"), **change)
+
+
+def test_threads_of_a_candidate_and_a_sweep_exclude_each_other():
+    with pytest.raises(InputError, match="none to single candidates"):
+        bench([Candidate("a", "m.onnx", ORT, threads=1)], X, threads=(1, 2))
+
+
+# ----------------------------------------------------------------------------------------------------- denormals
+
+
+def tiny(path: Path) -> Path:
+    """Multiplies by 1e-20 twice: ones become the denormal 1e-40."""
+    factor = numpy_helper.from_array(np.array(1e-20, np.float32), "f")
+    nodes = [helper.make_node("Mul", [source, "f"], [target]) for source, target in (("x", "h"), ("h", "y"))]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 64]) for name in "xy"]
+    return saved(path, helper.make_graph(nodes, "tiny", ends[:1], ends[1:], [factor]))
+
+
+@pytest.mark.parametrize("flush", [False, True])
+def test_a_session_that_flushes_has_no_denormals(tmp_path, flush):
+    """In a process of its own: ONNX Runtime heeds the option in the first session only."""
+    script = """
+        import sys, numpy as np
+        from deploykit import runtimes
+        from deploykit.runtimes import worker
+        path, flush = sys.argv[1], sys.argv[2] == "True"
+        session = worker._flushing(path, 1) if flush else runtimes.open("onnxruntime-cpu", path, threads=1)
+        answer = session.run({"x": np.ones((1, 64), np.float32)})["y"]
+        print(bool((answer == 0).all()), bool((answer > 0).all()))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script), str(tiny(tmp_path / "tiny.onnx")), str(flush)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(flush), str(not flush)]
+
+
+def test_denormals_are_looked_for_on_request_once_for_each_candidate(small):
+    def steps(denormals: bool) -> list[str]:
+        told: list[Progress] = []
+        more = {**QUICK, "batches": (1, 2), "seconds": 0.1}
+        found = bench([Candidate("a", small, ORT)], X, denormals=denormals, progress=told.append, **more)
+        assert not [doubt for doubt in found.warnings if doubt.code == "denormals"]  # it has none
+        assert found.timings[0].failed is None
+        return [step.phase for step in told if step.phase == "flush"]
+
+    assert (steps(True), steps(False)) == (["flush"], [])
+
+
+SLOWED = [
+    ([2.0, 3.0, 2.5], 2.5),
+    ([2.0, 3.0, 1.1], None),  # not in every round
+    ([1.1, 1.15, 1.1], None),  # two processes differ by as much
+    ([2.0, 3.0], None),  # one round is missing
+]
+
+
+@pytest.mark.parametrize(("ratios", "found"), SLOWED)
+def test_only_what_luck_cannot_do_is_blamed_on_denormals(ratios, found):
+    assert _slowed([([ratio, ratio, 9.0], [1.0, 1.0, 1.0]) for ratio in ratios]) == found
 
 
 # ------------------------------------------------------------------------------------------------------ worker
@@ -376,8 +516,8 @@ def test_stdout_is_the_protocols_alone(small, tmp_path):
         ["failed"],
         ["import_s", "load_s"],
         ["failed"],
-        ["median_s", "peak_rss_bytes", "runs", "settled"],
-        ["peak_rss_bytes", "samples_s"],
+        ["first_s", "median_s", "peak_rss_bytes", "runs", "settled"],
+        ["cpu_s", "megahertz", "peak_rss_bytes", "samples_s"],
     ]
     assert len(answers[-1]["samples_s"]) == 4
     assert done.stderr.count("chatter") == 3
@@ -388,7 +528,7 @@ def test_a_steady_model_settles_and_a_drifting_one_is_bounded():
     pause = [0.004]
 
     def slower_and_slower() -> None:
-        pause[0] *= 1.1
+        pause[0] *= 1.3
         time.sleep(pause[0])
 
     assert worker.warm_up(lambda: time.sleep(0.004))["settled"]
@@ -428,8 +568,8 @@ def rounds(seconds: float, count: int = 12) -> tuple[tuple[float, ...], ...]:
 
 
 RATIOS = [
-    ("one process cannot tell 5 %", [1.05], [1.0], "undecided"),
-    ("one process tells 20 %", [1.20], [1.0], "slower"),
+    ("one process cannot tell 20 %", [1.20], [1.0], "undecided"),
+    ("one process tells 30 %", [1.30], [1.0], "slower"),
     ("six processes tell 5 %", [1.05] * 6, [1.0] * 6, "slower"),
     ("six processes in disagreement", [1.05] * 5 + [0.99], [1.0] * 6, "undecided"),
     ("five are too few", [1.05] * 5, [1.0] * 5, "undecided"),
@@ -447,30 +587,45 @@ def test_verdicts_allow_for_a_process_luck(name, a, b, verdict):
         assert found.high / found.low >= LUCK**2
 
 
-def timing(processes, settled=True) -> Timing:
-    return Timing(Candidate("a", "m.onnx", ORT), 1, 1, {}, None, tuple(processes), settled=settled)
+def timing(processes, threads=1, **more) -> Timing:
+    return Timing(Candidate("a", "m.onnx", ORT), 1, threads, {"x": (1, 64)}, None, tuple(processes), **more)
 
 
+STEADY = [rounds(1.0, 40)]
 NOISE = [
-    ([rounds(1.0, 30)], True, None),
-    ([rounds(1.0, 30)], False, "warm-up did not settle"),
-    ([rounds(1.0, 10)], True, "only 10 rounds"),
-    ([rounds(1.0, 15), rounds(1.2, 15)], True, "1.20x the first"),
-    ([rounds(1.0, 1), rounds(1.5, 1)] * 16, True, "spread by"),
+    (STEADY, {}, None, None),
+    (STEADY, {"settled": False}, "unsettled", "warm-up did not settle"),
+    ([tuple((1.0,) * 10 for _ in range(10))], {}, "few_rounds", "only 10 rounds"),
+    ([rounds(1.0, 30)], {}, "few_samples", "90 runs are too few for p99, which needs 100"),
+    ([rounds(1.0, 20), rounds(1.2, 20)], {}, "drift", "1.20x the first"),
+    ([rounds(1.0, 1), rounds(1.5, 1)] * 20, {}, "spread", "spread by"),
+    (STEADY, {"megahertz": (2000.0,) * 20 + (2600.0,) * 20}, "frequency", "from 2000 to 2600 MHz"),
+    (STEADY, {"megahertz": (2500.0,) * 39 + (1000.0,)}, None, None),
+    (STEADY, {"threads": environment.cores()}, None, None),
+    (STEADY, {"threads": environment.cores() + 1}, "oversubscribed", f"share {environment.cores()} cores"),
+    (STEADY, {"denormals": 3.2}, "denormals", "3.2x as fast when denormal numbers count as zero"),
 ]
 
 
-@pytest.mark.parametrize(("processes", "settled", "notice"), NOISE)
-def test_noise_is_said(processes, settled, notice):
-    said = list(_noise(timing(processes, settled)))
-    assert len(said) == (notice is not None)
-    assert notice is None or notice in said[0]
-    assert timing(processes, settled).to_json()["noise"]["warm_up_settled"] == settled
+@pytest.mark.parametrize(("processes", "more", "code", "text"), NOISE)
+def test_noise_is_said(processes, more, code, text):
+    measured = timing(processes, **more)
+    said = list(_noise(measured))
+    assert [doubt.code for doubt in said] == [code] * (code is not None)
+    assert code is None or text in said[0].text
+    row = BenchReport((measured,), tuple(said)).to_json()
+    assert row["warnings"] == [{"code": doubt.code, "text": doubt.text, "candidate": "a"} for doubt in said]
+    assert row["notices"] == [doubt.text for doubt in said]
+    assert measured.to_json()["noise"]["warm_up_settled"] == more.get("settled", True)
+
+
+def test_a_candidate_that_failed_is_not_called_noisy():
+    assert list(_noise(timing([], failed="gone", settled=False))) == []
 
 
 def test_candidates_with_other_threads_are_compared_only_when_asked():
     a, b = timing([rounds(1.0)]), timing([rounds(2.0)])
-    b = Timing(Candidate("b", "m.onnx", ORT, 2), 1, 2, {}, None, b.processes_s)
+    b = Timing(Candidate("b", "m.onnx", ORT, 2), 1, 2, a.input_shapes, None, b.processes_s)
     report = BenchReport((a, b), ())
     assert report.comparisons == ()
     assert (report.comparison("b", "a").verdict, report.comparison("b", "a").threads) == ("slower", None)

@@ -12,11 +12,12 @@ from nets import chain, enliven, inputs_for
 from onnx import numpy_helper
 
 from deploykit import graph
-from deploykit.bisect import layer_errors, layouts
+from deploykit.bisect import _Sums, layer_errors, layouts, twin_of
 from deploykit.errors import InputError
 from deploykit.export import export
 from deploykit.fuse import fuse
 from deploykit.runtimes import onnxruntime_cpu
+from deploykit.verify import FLOAT32, POLICIES
 
 L = keras.layers
 
@@ -248,6 +249,13 @@ def fed_twice(proto):
     inputs[1] = inputs[0]
 
 
+def nameless_without_bias(proto):
+    """tf2onnx makes some convolutions anew, and calls them after what they read."""
+    (found,) = [one for one in proto.graph.node if one.name in ("deep/Conv", "pool/Conv")]
+    found.name = "pool/Conv"
+    initializer(proto, found.input[2], lambda value: 0 * value)
+
+
 ONNX_FAULTS = {
     "one weight, a flipped kernel": (
         ["left", "right"],
@@ -271,7 +279,7 @@ ONNX_FAULTS = {
     ),
     "other pooling": (["pool"], lambda proto: setattr(node(proto, "pool/MaxPool"), "op_type", "AveragePool")),
     "a branch fed twice": (["add"], fed_twice),
-    "a convolution that has lost its name": (["deep"], edit(initializer, "pool/Conv/B", lambda value: 0 * value)),
+    "a convolution that has lost its name": (["deep"], nameless_without_bias),
     "a head": (["head"], edit(initializer, "head/Add/B", scaled(0, 1.1))),
 }
 
@@ -303,6 +311,27 @@ def test_external_data_is_found_and_chunks_do_not_change_the_answer(net, right, 
         (row.layer, row.status, row.onnx_tensor) for row in right.rows
     ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["large.onnx", "large.onnx.data"]
+
+
+def test_the_twin_of_a_file_has_its_layers_and_is_right(net):
+    model, samples, fused, folder = net
+    twin = twin_of(model, folder / "fused.onnx")
+    assert {layer.name for layer in twin.layers} == {layer.name for layer in fused.model.layers}
+    for ours, theirs in zip(graph.run(twin, samples), graph.run(model, samples), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert twin_of(model, graph.canonical(model)) is None
+
+
+@pytest.mark.parametrize("size", [1e-200, 1.0, 1e200])
+def test_norms_over_batches_stay_within_the_range(size):
+    rng = np.random.default_rng(0)
+    r, own, error = (rng.normal(0, scale, (6, 50)) for scale in (1, 1e-7, 3e-7))
+    sums = _Sums()
+    for rows in (slice(0, 2), slice(2, 6)):
+        sums.add(size * r[rows], size * (r + own)[rows], size * (r + error)[rows])
+    allowed = 4 * np.linalg.norm(own) + 4 * 2.0**-23 * np.linalg.norm(r)
+    assert sums.ratio(FLOAT32) == pytest.approx(np.linalg.norm(error) / allowed, rel=1e-6)
+    assert sums.ratio(POLICIES["float16"]) == pytest.approx(100 * np.linalg.norm(error) / np.linalg.norm(r), rel=1e-6)
 
 
 def test_a_file_that_names_no_layer_is_refused(net, tmp_path):

@@ -17,8 +17,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from test_verify import write_bundle
 
-from deploykit.ci import CHECK_KEYS, LATENCY_KEYS, _carry_out, _error, judged, read_config, run
+from deploykit.ci import CHECK_KEYS, LATENCY_KEYS, _carry_out, _error, read_config, run
 from deploykit.errors import InputError, ProofError
+from deploykit.gates import judged
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = {"source": {"name": "net.keras"}}
@@ -178,6 +179,12 @@ def test_every_key_of_the_tables_is_read(folder):
 @pytest.mark.parametrize("data", ["fashion_mnist", "package.module:samples"])
 def test_data_may_be_a_name(folder, data):
     assert read_config(config(folder, f"{CHECK}data = '{data}'")).checks[0].data == data
+
+
+def test_a_file_that_gives_data_is_found_beside_the_configuration(folder):
+    (folder / "given.py").write_text("def samples(signature): ...\n", encoding="utf-8")
+    job = read_config(config(folder, f"{CHECK}data = 'given.py:samples'")).checks[0]
+    assert job.data == f"{folder / 'given.py'}:samples"
 
 
 def test_a_pattern_finds_bundles_and_passes_over_other_files(folder):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -202,6 +203,69 @@ def test_one_wrong_element_among_a_million_fails():
     assert (found.worst_sample, found.worst_index) == (1, (77,))
 
 
+def joined(seed=0, samples=32, shape=(), scales=(1e6, 1.0, 1.0, 1.0)):
+    """A reference with channels of several scales, and float32 answers: each channel errs by eps of its own size."""
+    rng = np.random.default_rng(seed)
+    r = rng.uniform(0.1, 1, (samples, *shape, len(scales))) * scales
+    return (r, *((r * (1 + 1e-7 * rng.standard_normal(r.shape))).astype(np.float32) for _ in range(2)))
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (3, 5)])
+@pytest.mark.parametrize("off", [1e-2, 1e-4, 1e-5])
+def test_a_large_channel_does_not_hide_a_wrong_small_one(shape, off):
+    r, o, c = joined(shape=shape)
+    assert compare("y", r, o, c, F32).passed
+    c[..., 2] *= np.float32(1 + off)
+    found = compare("y", r, o, c, F32)
+    assert found.reason.startswith("channel 2 (1 of 4 fail): RMS error ")
+    error = np.abs(c.astype(float) - r)[..., 2]
+    assert (found.worst_sample, *found.worst_index) == (*np.unravel_index(error.argmax(), error.shape), 2)
+
+
+def test_the_worst_of_a_channel_is_found_in_any_batch():
+    r, o, c = joined(shape=(3,))
+    c[20, 1, 3] = 7.0
+    judge = verify.Judge(F32)
+    for rows in (slice(0, 16), slice(16, 24), slice(24, 32)):
+        judge.add({"y": r[rows]}, {"y": c[rows]}, {"y": noise_between(r[rows], o[rows])}, {"y": np.float32})
+    (found,) = judge.conclude()
+    assert (found.worst_sample, found.worst_index) == (20, (1, 3))
+    assert "candidate 7, " in found.reason
+
+
+def test_channels_need_eight_values_and_a_record():
+    for samples, caught in ((7, False), (8, True)):
+        r, o, c = joined(samples=samples)
+        c[:, 1] *= np.float32(1.5)
+        assert compare("y", r, o, c, F32).passed is not caught
+    noise = noise_between(r, o)
+    known = Noise(noise.l2, noise.max_abs)
+    assert verify.judge("y", r, c, F32, known, np.float32).passed
+    assert not verify.judge("y", r, c, F32, noise, np.float32).passed
+    with pytest.raises(verify.RefusedError, match="3 channels, the data 4"):
+        verify.judge("y", r, c, F32, Noise(noise.l2, noise.max_abs, (0.0,) * 3), np.float32)
+
+
+def test_a_rare_class_has_an_absolute_accuracy():
+    r, o, c = joined(scales=(1.0, 1.0, 1e-9, 1e-41))
+    c[:, 2] += np.float32(2e-7)  # a runtime's softmax
+    c[:, 3] = 0.0  # denormal numbers made zero
+    assert compare("y", r, o, c, F32).passed
+    c[:, 2] += np.float32(1e-5)
+    assert "channel 2" in compare("y", r, o, c, F32).reason
+    tiny = [x * x.dtype.type(2.0**-110) for x in joined(scales=(1.0, 1.0, 1.0, 1e-9))]
+    tiny[2][:, 3] = 0.0
+    assert compare("y", *tiny, F32).passed
+
+
+def test_channels_that_the_original_hit_by_luck_are_measured_by_the_others():
+    rng = np.random.default_rng(0)
+    r = np.zeros((8, 2000))
+    r[rng.integers(0, 8, 2000), np.arange(2000)] = rng.exponential(size=2000)  # of a ReLU: one live value in each
+    own, other = (r * (1 + 1e-4 * rng.standard_normal(r.shape)) for _ in range(2))
+    assert compare("y", r, own, other, F32).passed
+
+
 def test_an_original_far_from_the_reference_is_no_yardstick():
     r, _ = answers()
     found = compare("y", r, (r * 1.1).astype(np.float32), (r * 1.05).astype(np.float32), F32)
@@ -311,6 +375,62 @@ def test_exact_kinds_must_be_equal(right, wrong):
     assert found.worst_sample == int(np.argmax((right != wrong).ravel()))
 
 
+FLIPS = [  # samples, elements of each, flips of the original, others of the candidate, the most in one sample; right?
+    (64, 1, 0, 1, 1, False),
+    (64, 1, 9, 0, 0, True),
+    (64, 1, 9, 1, 1, False),
+    (3, 1000, 0, 1, 1, False),
+    (24, 36864, 0, 2, 1, True),  # what a segmentation's argmax does on another runtime
+    (24, 36864, 0, 17, 1, True),
+    (24, 36864, 0, 18, 1, False),
+    (24, 36864, 20, 97, 8, True),
+    (24, 36864, 20, 98, 8, False),
+    (4, 16384, 5, 25, 25, False),  # not in one sample
+    (4, 16384, 40, 70, 70, False),  # flips of the original's own are no licence without end: at most 2**-10
+    (64, 1024, 0, 5, 4, True),
+    (64, 1024, 0, 5, 5, False),
+]
+
+
+@pytest.mark.parametrize(("samples", "elements", "own", "others", "together", "right"), FLIPS)
+def test_whole_numbers_may_differ_as_rarely_as_rounding_turns_them(samples, elements, own, others, together, right):
+    rng = np.random.default_rng(0)
+    r = rng.integers(0, 8, (samples, elements))
+    o, c = r.copy(), r.copy()
+    spots = rng.permutation(elements)
+    for i in range(own):  # evenly over the samples
+        o[i % samples, spots[-1 - i // samples]] += 1
+    for i in range(others):
+        c[-1 - i // together, spots[i % together]] += 1
+    found = compare("y", r, o, c, F32)
+    assert found.passed is right, found.reason
+    assert found.mismatches == others
+    assert compare("y", r, o, o, F32).passed
+    assert compare("y", r, o, c, Tolerance()).passed is (others == 0)  # a tolerance of zero is none
+
+
+def test_one_flip_of_the_original_excuses_one_element_and_not_its_sample():
+    r = np.zeros((2, 5000), int)
+    o, c = r.copy(), r.copy()
+    o[1, 7] = c[1, 7] = 3
+    found = compare("y", r, o, c, F32)
+    assert (found.passed, found.excluded, found.mismatches) == (True, 0, 0)
+    assert "1 of 10000" in found.yardstick
+    c[1, 100:200] = 3
+    found = compare("y", r, o, c, F32)
+    assert "100 of 10000 values differ" in found.reason
+    assert "in sample 1" in found.reason
+    assert (found.worst_sample, found.worst_index) == (1, (100,))
+
+
+def test_the_luck_of_rare_flips_fails_less_than_one_check_in_a_hundred():
+    rng = np.random.default_rng(0)
+    for mean in (0.1, 0.5, 1, 2, 3, 4, 6, 10, 30):
+        own, others = rng.poisson(mean, (2, 100_000))
+        allowed = np.array([F32.allowed_flips(flips, 400_000) for flips in range(90)]) - 400_000 / 2**16
+        assert np.mean(others > allowed[own]) < 0.011
+
+
 def test_exact_samples_where_the_original_differs_are_excluded():
     r = np.array([1, 2, 3])
     o = np.array([1, 9, 3])
@@ -355,7 +475,8 @@ def test_a_top1_change_beyond_rounding_fails_though_the_elements_pass():
     c = o.copy()
     c[3] = [0.5 - 1e-6, 0.5 + 1e-6]
     law = verify.POLICIES["float32"]
-    loose = verify.Policy(**{**vars(law), "factor_whole": 1e3, "factor_sample": 1e3, "factor_element": 1e3})
+    others = ("factor_whole", "factor_sample", "factor_element")
+    loose = verify.Policy(**{**vars(law), **dict.fromkeys(others, 1e3)})
     assert "top-1 changed" in compare("y", r, o, c, loose).reason
     assert compare("y", r, o, c, verify.Policy(**{**vars(loose), "factor_top1": 1e3})).passed
 
@@ -645,11 +766,20 @@ def test_noise_survives_json_and_takes_the_largest_of_several_runs():
     both = noise_between(r, o, np.where(np.isfinite(o), o, 0) * 2, r)
     assert both.l2[0] == pytest.approx(np.linalg.norm(2.0 * o[0] - r[0]))
     assert both.l2[1] is None
+    assert both.channels[0] == pytest.approx(np.linalg.norm(2.0 * o[[0, 1, 3], 0] - r[[0, 1, 3], 0]))
+    codes = np.arange(6).reshape(2, 3)
+    noise = noise_between(
+        codes, codes + np.array([[0, 1, 0], [1, 1, 1]]), codes + np.array([[0, 1, 0], [0, 0, 0]]), codes
+    )
+    assert (noise.l2, noise.flips) == ((0.0, None), ((1,), (0, 1, 2)))
+    assert Noise.from_json(json.loads(json.dumps(noise.to_json()))) == noise
 
 
 RECORDS = [
     None, {}, {"l2": [1.0]}, {"l2": [1.0], "max": []}, {"l2": [-1.0], "max": [1.0]}, {"l2": [None], "max": [1.0]},
     {"l2": ["1"], "max": ["1"]}, {"l2": [True], "max": [True]}, {"l2": 3, "max": 3},
+    *({"l2": [1.0], "max": [1.0], "channels": bad} for bad in (3, [None], [-1.0], ["1"])),
+    *({"l2": [1.0], "max": [1.0], "flips": bad} for bad in (3, [], [3], [[-1]], [[1.5]], [[True]], [[], []])),
 ]  # fmt: skip
 
 
@@ -673,3 +803,34 @@ def test_global_state_is_left_alone():
     before, r = (np.geterr(), np.random.get_state()[1].tolist()), np.zeros((2, 2))  # noqa: NPY002 - the state guarded
     compare("y", r, r.astype(np.float32), np.full((2, 2), np.nan, np.float32), F32)
     assert (np.geterr(), np.random.get_state()[1].tolist()) == before  # noqa: NPY002
+
+
+def test_what_is_kept_of_a_batch_does_not_grow_with_the_output():
+    """60 more batches of a large output leave less behind than two of its batches would take."""
+    r = np.random.default_rng(0).standard_normal((2, 64, 64, 3))
+    o = r.astype(np.float32)
+    noise = {"y": noise_between(r, o), "z": noise_between(r > 0, o > 0)}
+    judge = verify.Judge(F32)
+    tracemalloc.start()
+    try:
+        for batch in range(61):
+            judge.add({"y": r, "z": r > 0}, {"y": o, "z": o > 0}, noise)
+            if batch == 0:
+                before = tracemalloc.get_traced_memory()[0]
+        grown = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    assert grown < 2 * r.nbytes
+    assert judge.conclude()[0].samples == 122
+
+
+def test_errors_over_what_is_allowed_have_no_holes():
+    assert verify.ratios(np.array([0.0, 0.0, 1.0, 2.0]), np.array([0.0, 1.0, 0.0, 4.0])).tolist() == [
+        0,
+        0,
+        math.inf,
+        0.5,
+    ]
+    own, size = np.array([1.0, 9.0, math.inf, 2.0]), np.array([10.0, 10.0, 10.0, 0.0])
+    assert verify.Scale.of(own, size) == verify.Scale(10.0, 0.1)
+    assert verify.Scale.of(own, size, np.zeros(4, bool)) == verify.Scale(0.0, 0.0)

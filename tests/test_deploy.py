@@ -13,9 +13,24 @@ import onnx
 import pytest
 
 from deploykit import load, verify
-from deploykit.deploy import DataOptions, deploy
+from deploykit.bench import BenchReport, Timing
+from deploykit.bench import Candidate as Timed
+from deploykit.deploy import (
+    LOWERED,
+    OURS,
+    PLAIN,
+    Checked,
+    DataOptions,
+    Spare,
+    _faster,
+    deploy,
+    export_checked,
+    samples_for,
+)
 from deploykit.errors import InputError, OutputError, ProofError
+from deploykit.export import Exported, lowering
 from deploykit.report import strict
+from deploykit.signature import Signature
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / "models"
@@ -59,7 +74,8 @@ def test_the_report_keeps_its_contract(bundle):
     assert json.loads((folder / "report.json").read_text())["fuse"] == report["fuse"]
     assert strict(report) == report
     names = [candidate["name"] for candidate in report["bench"]["candidates"]]
-    assert names == ["Keras (tf.function)", "fused Keras (tf.function)", "stock export", "deploykit"]
+    keras = ["Keras (tf.function)", "fused Keras (tf.function)"]
+    assert names == [*keras, "stock export", "deploykit, not lowered", "deploykit"]
     assert not any(candidate["failed"] for candidate in report["bench"]["candidates"])
     assert {candidate["processes"] for candidate in report["bench"]["candidates"]} == {1}  # as the fixture asked
     pairs = [{c["a"], c["b"]} for c in report["bench"]["comparisons"]]
@@ -165,6 +181,48 @@ def test_check_reads_a_bundle_without_tensorflow(bundle):
 
 
 @pytest.mark.slow
+def without_its_relus(model) -> int:
+    """A lowering that is wrong."""
+    nodes = [node for node in model.graph if node.op_type == "Relu"]
+    for node in nodes:
+        node.op_type = "Identity"
+    return len(nodes)
+
+
+def test_a_lowering_that_goes_wrong_is_left_out_and_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(lowering, "LOWERINGS", (lowering.Lowering("wrong", without_its_relus),))
+    loaded = load(MODELS / "mlp_bn_after.keras")
+    made = export_checked(loaded, tmp_path / "net.onnx", samples=samples_for(loaded.model, SAMPLE, 64))
+    assert made.refused is None
+    assert made.exported.lowered == {}
+    assert any(notice.startswith("without lowering, because") for notice in made.notices)
+    assert "Relu" in {node.op_type for node in onnx.load(tmp_path / "net.onnx").graph.node}
+
+
+def test_what_lowering_made_slower_is_not_shipped(bundle, tmp_path):
+    """On measurements that are made up: the lowered file takes twice as long, or as long."""
+    folder, _ = bundle
+    for factor, name in ((2.0, "spare.onnx"), (1.0, "model.onnx")):
+        shutil.copyfile(folder / "model.onnx", tmp_path / "spare.onnx")
+        exported = Exported(folder / "model.onnx", 18, Signature((), ()), 1, (), False, lowered={"pads": 1})
+        spare = Spare(tmp_path / "spare.onnx", {"passed": "spare"})
+        made = Checked(None, exported, None, {"passed": "lowered"}, [], [], [], spare)
+        rounds = tuple((1.0 + 0.001 * i,) for i in range(12))
+        slow = tuple((factor * sample,) for (sample,) in rounds)
+        timings = [
+            Timing(Timed(each, "x.onnx", "onnxruntime-cpu"), 1, 1, {"x": (1, 2)}, 1, (seen,) * 7)
+            for each, seen in (("stock", rounds), (PLAIN, rounds), (OURS, slow))
+        ]
+        shipped, measured = _faster(made, BenchReport(tuple(timings)))
+        assert shipped.exported.path.name == name
+        assert shipped.check["passed"] == ("spare" if factor == 2 else "lowered")
+        assert shipped.exported.lowered == ({} if factor == 2 else {"pads": 1})
+        names = [timing.candidate.name for timing in measured.timings]
+        assert names == (["stock", LOWERED, OURS] if factor == 2 else ["stock", PLAIN, OURS])
+        assert measured.timing(OURS).medians_s[0] == 1.0  # that of the file which is shipped
+        assert bool(made.notices) == (factor == 2)
+
+
 def test_a_model_without_any_affine_passes_through(tmp_path):
     import keras
 

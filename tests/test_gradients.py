@@ -12,7 +12,8 @@ from nets import chain, enliven, inputs_for
 from deploykit import graph
 from deploykit.errors import UnsupportedModelError
 from deploykit.fuse import fuse
-from deploykit.gradients import _Gradient, input_gradients
+from deploykit.gradients import GradientReport, _Gradient, _Norms, input_gradients
+from deploykit.verify import FLOAT32, POLICIES
 
 L = keras.layers
 
@@ -96,10 +97,39 @@ def test_damage_shows(net, damage):
             np.testing.assert_array_equal(a, b)
     report = input_gradients(model, wrong, samples)
     assert not report.passed
+    assert report.reason == f"gradient of x: {report.inputs[0].reason}"
+    assert f"DIFFERS: {report.inputs[0].reason}" in report.text()
     assert not report.inputs[0].passed
     assert report.inputs[0].kinks == 0
     numbers = {found.model: found.passed for found in report.differences}
     assert numbers == {"original": True, "fused": damage == "a wrong weight"}
+
+
+@pytest.mark.parametrize(("law", "passed"), [("float32", False), ("float16", True), ("bfloat16", True)])
+def test_rounded_weights_agree_under_the_policy_of_their_precision_alone(law, passed):
+    """Smooth, so that no rounding crosses a kink; a stopped gradient passes under no policy."""
+    model = chain((6,), L.Dense(9, activation="tanh"), L.Dense(5, activation="tanh", name="b"), L.Dense(3))
+    rounded = graph.canonical(model)
+    rounded.set_weights([graph.numpy(w).astype("float16").astype("float32") for w in model.weights])
+    samples = inputs_for(model, 8)
+    report = input_gradients(model, rounded, samples, law=POLICIES[law])
+    assert report.passed == passed
+    assert report.inputs[0].law == ("sample" if passed else report.inputs[0].law)
+    stopped = with_behind(graph.canonical(model), "b", Stopped)
+    assert not input_gradients(model, stopped, samples, law=POLICIES[law]).passed
+
+
+def test_nothing_compared_is_no_agreement():
+    report = GradientReport(0, (), ())
+    assert not report.passed
+    assert report.reason == "no gradient was compared"
+
+
+@pytest.mark.parametrize("size", [1e-200, 1.0, 1e200])
+def test_norms_of_gradients_stay_within_the_range(size):
+    r = size * np.array([[1.0, 2.0, 3.0]] * 4)
+    found = _Norms.of(r, r * (1 + 1e-7), r * (1 + 1e-6))
+    np.testing.assert_allclose(found.ratios(FLOAT32, found.scale), np.full(4, 1e-6 / (8e-7 + 4 * 2.0**-23)), rtol=1e-6)
 
 
 def test_a_gradient_that_differs_at_a_kink_alone_is_asked_again_beside_it(net, monkeypatch):

@@ -14,11 +14,11 @@ PACKAGE = Path(__file__).resolve().parent.parent / "deploykit"
 # Highest first; modules of one row may import each other.
 ORDER = [
     {"cli", "pytest_plugin"},
-    {"ci", "deploy", "diagnosis", "drawing", "inspection", "migrate"},
-    {"check", "bench", "bundle", "bisect", "worst_case", "gradients"},
+    {"ci", "deploy", "diagnosis", "drawing", "equivalence", "inspection", "latency", "migrate"},
+    {"check", "bench", "bundle", "bisect", "worst_case", "gradients", "gates", "profiling"},
     {"fuse", "export", "load", "runtimes", "archive", "health"},
     {"graph", "channels", "opaque"},
-    {"affine", "compare", "stats", "report", "data", "environment"},
+    {"affine", "compare", "stats", "noise", "flops", "report", "data", "environment"},
     {"verify", "errors", "signature", "files", "modules"},
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}

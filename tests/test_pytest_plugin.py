@@ -75,7 +75,7 @@ FIXTURE = """
         report = assert_equivalent("net.keras", pathlib.Path("right.onnx"), data="x.npz", samples=10)
         assert report["schema"] == "deploykit.check/1"
         assert (report["passed"], report["proven"]) == (True, True)
-        assert report["data"] == "10 samples: x.npz"
+        assert report["data"] == "10 samples: x.npz (10 of 20 samples)"
         assert report["comparisons"][0]["runtime"] == "onnxruntime-cpu"
 
     def test_wrong_file(assert_equivalent):

@@ -7,6 +7,7 @@ names of the Keras model.
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -395,6 +396,32 @@ def test_a_tflite_file_without_a_signature_is_refused(nets, tmp_path: Path) -> N
     file = to_tflite(nets("dense").model, tmp_path / "m.tflite", signature=False)
     with pytest.raises(UnsupportedModelError, match=r"has 0 signatures .*from_saved_model"):
         runtimes.open("litert", file)
+
+
+def test_the_reference_evaluator_rounds_erf_once(tmp_path: Path) -> None:
+    text = "<ir_version: 8, opset_import: ['' : 18]> g (double[N] x) => (double[N] y) { y = Erf (x) }"
+    onnx.save(onnx.parser.parse_model(text.replace("'", '"')), tmp_path / "erf.onnx")
+    x = np.linspace(-3, 3, 101)
+    y = runtimes.open("onnx-reference", tmp_path / "erf.onnx").run({"x": x})["y"]
+    assert np.abs(y - [math.erf(value) for value in x]).max() < 1e-15
+
+
+def test_the_reference_evaluator_stacks_what_a_loop_collects(tmp_path: Path) -> None:
+    text = """<ir_version: 8, opset_import: ["" : 18]> g (int64 n, float[3] x) => (float[3] last, float[K, 3] all)
+    <bool go = {1}> {
+        last, all = Loop <body = step (int64 i, bool on, float[3] seen) => (bool go_on, float[3] next, float[3] each) {
+            go_on = Identity (on)
+            next = Add (seen, seen)
+            each = Identity (seen)
+        }> (n, go, x)
+    }"""
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "loop.onnx")
+    given = {"n": np.array(4), "x": np.array([1, 2, 3], np.float32)}
+    here, there = (
+        runtimes.open(name, tmp_path / "loop.onnx").run(given) for name in ("onnx-reference", "onnxruntime-cpu")
+    )
+    assert here["all"].shape == there["all"].shape == (4, 3)
+    assert all(np.array_equal(here[name], there[name]) for name in there)
 
 
 def test_the_reference_evaluator_takes_small_nets_only(tmp_path: Path) -> None:

@@ -13,12 +13,14 @@ from nets import chain
 
 from deploykit import graph, runtimes
 from deploykit.bisect import layer_errors
+from deploykit.compare import Tolerance
 from deploykit.errors import DataError, InputError, UnsupportedModelError
 from deploykit.export import export
 from deploykit.fuse import fuse
 from deploykit.gradients import input_gradients
 from deploykit.load import load
-from deploykit.worst_case import CHILDREN, Box, _Search, search
+from deploykit.verify import FLOAT32, POLICIES, Scale
+from deploykit.worst_case import CHILDREN, Box, _Errors, _Judge, _measured, _Search, boxes_of, search
 
 L = keras.layers
 
@@ -113,7 +115,10 @@ def test_planted_faults_that_the_data_miss_are_found(images, plant):
 def test_every_token_comes_up_as_soon_as_there_are_places_for_it():
     model, _, samples = unseen_token(None)
     with contextlib.closing(runtimes.open("keras", model)) as session:
-        points = [batch["tokens"] for batch in _Search(model, session, samples, 0, None).counted()]
+        points = [
+            batch["tokens"]
+            for batch in _Search(model, session, samples, boxes_of([samples]), FLOAT32, 0, None).counted()
+        ]
     assert set(np.concatenate(points).ravel()) == set(range(200))
     assert sum(batch.size for batch in points) < 200 + CHILDREN * 6
 
@@ -130,6 +135,106 @@ def test_the_gradient_leads_to_a_fault_that_chance_hardly_meets(slope, monkeypat
         monkeypatch.setattr("deploykit.worst_case._Climber.of", lambda *_: None)
     samples = {"x": np.random.default_rng(0).uniform(-1, 1, (32, 20)).astype(np.float32)}
     assert searched(model, wrong, samples, budget=60, fused=model).passed != slope
+
+
+def scaled(model, factor):
+    """The same net, every weight off by a factor: the error is of that size wherever one looks."""
+    other = graph.canonical(model)
+    other.set_weights([graph.numpy(weight) * factor for weight in model.weights])
+    return other
+
+
+@pytest.mark.parametrize(
+    ("law", "fine", "wrong"),
+    [
+        (FLOAT32, 1 + 2.0**-23, 1.001),
+        (POLICIES["float16"], 1.005, 1.1),
+        (POLICIES["int8"], 1.1, 1.6),
+        (Tolerance(rtol=0.01), 1.005, 1.02),
+        (Tolerance(atol=0.01), 1 + 1e-6, 1.1),
+    ],
+    ids=["float32", "float16", "int8", "rtol", "atol"],
+)
+def test_a_search_judges_by_the_law_of_the_check(law, fine, wrong):
+    model = chain((5,), L.Dense(3, use_bias=False, name="y"))
+    model.get_layer("y").kernel.assign(np.random.default_rng(0).integers(1, 5, (5, 3)) / 8.0)
+    samples = {"x": np.random.default_rng(1).integers(1, 9, (24, 5)).astype(np.float32)}  # float32 has no error here
+    data = [searched(model, scaled(model, factor), samples, budget=1, law=law) for factor in (fine, wrong)]
+    assert [found.passed for found in data] == [True, False]
+    if isinstance(law, Tolerance) and law.rtol:
+        assert data[1].ratio == pytest.approx(2.0, rel=1e-4)
+        assert data[1].allowed == pytest.approx(data[1].error / 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("law", [FLOAT32, POLICIES["float16"], Tolerance(1.0, 1.0)], ids=["float32", "float16", "1"])
+def test_nan_is_too_much_for_every_law(law):
+    model, other = (chain((2,), L.Dense(2, name="y")) for _ in range(2))
+    other.get_layer("y").bias.assign([0.0, np.nan])
+    found = searched(model, other, {"x": np.ones((3, 2), np.float32)}, budget=1, law=law)
+    assert not found.passed
+    assert found.ratio is None
+    assert "error inf, NaN or infinity on one side alone" in found.reason
+
+
+def test_a_tolerance_is_asked_of_the_element_that_is_furthest_beyond_it():
+    """The largest error is allowed, a smaller one is not."""
+    model, other = (chain((2,), L.Dense(2, use_bias=False, name="y")) for _ in range(2))
+    model.get_layer("y").kernel.assign([[100.0, 0.0], [0.0, 1.0]])
+    other.get_layer("y").kernel.assign([[100.5, 0.0], [0.0, 1.02]])
+    samples = {"x": np.ones((3, 2), np.float32)}
+    found = searched(model, other, samples, budget=1, law=Tolerance(rtol=0.01))
+    assert (found.error, found.allowed) == (pytest.approx(0.02, rel=1e-4), pytest.approx(0.01, rel=1e-4))
+
+
+def test_whole_numbers_count_but_where_a_policy_lets_some_of_them_change():
+    model, other = (chain((3,), L.Discretization(bin_boundaries=[bound], name="y")) for bound in (0.25, 0.75))
+    samples = {"x": np.eye(3, dtype=np.float32) / 2}
+    verdicts = [searched(model, other, samples, budget=1, law=law).passed for law in (FLOAT32, POLICIES["float16"])]
+    assert verdicts == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("flips", "own", "beside", "passed"),
+    [
+        (0, 0, 0, True),
+        (1, 0, 0, False),
+        (1, 1, 0, True),
+        (1, 0, 1, True),
+        (3, 1, 1, False),
+        (10, 6, 0, True),
+        (1, 10, 0, True),
+    ],
+)
+def test_as_many_whole_numbers_may_differ_as_the_original_turns_itself(flips, own, beside, passed):
+    """Of ten numbers: the candidate's flips, the original's own at the point and beside it."""
+    r = np.zeros((1, 10), np.int64)
+    o, c, near = (np.array([[0] * (10 - count) + [1] * count], np.int64) for count in (own, 0, beside))
+    c[0, :flips] = 1
+    judge = _Judge.__new__(_Judge)
+    judge.law, judge.whole, judge.scales = FLOAT32, [True], [Scale()] * 2
+    judge.own = lambda points: [(r, near)]
+    errors = _Errors(*_measured(r, o, c, FLOAT32))
+    fair = judge.fairly({}, errors, np.random.default_rng(0))
+    assert (judge.columns(fair)[0].max() <= 1) == passed
+
+
+def test_answers_of_another_shape_are_named():
+    model, other = (chain((4,), L.Dense(units, name="y")) for units in (3, 1))
+    with pytest.raises(DataError, match=r"output y has shape \[2, 1\] instead of \[2, 3\]"):
+        searched(model, other, {"x": np.zeros((2, 4), np.float32)})
+
+
+@pytest.mark.parametrize("led", [True, False])
+def test_the_slope_of_the_difference_leads_where_no_output_of_the_original_does(led):
+    signs = np.where(np.arange(40) % 2, 1.0, -1.0).reshape(40, 1)
+    x = keras.Input((40,), name="x")
+    y = L.Rescaling(0.0, offset=1.0)(L.Dense(1, name="still")(x))
+    extra = L.Dense(1, activation="softplus", name="hidden")(x)
+    model, wrong = keras.Model(x, L.Rescaling(1.0, name="y")(y)), keras.Model(x, L.Add(name="y")([y, extra]))
+    wrong.get_layer("hidden").kernel.assign(signs)
+    wrong.get_layer("hidden").bias.assign([-34.0])
+    samples = {"x": np.random.default_rng(0).uniform(-1, 1, (32, 40)).astype(np.float32)}
+    assert searched(model, wrong, samples, budget=60, fused=wrong if led else None).passed != led
 
 
 def test_right_candidates_do_not_fail(images, tmp_path):
@@ -191,6 +296,11 @@ def test_the_box_is_the_range_of_each_channel_and_what_is_constant_stays():
     assert (points[..., 1] == 0.25).all()
     front = Box.around(np.moveaxis(images, -1, 1)[:, :1])
     assert front.low.shape == (1, 1, 1, 1)
+    parts = boxes_of({"x": part} for part in (images[:1], images[1:]))["x"]
+    np.testing.assert_array_equal([parts.low, parts.high], [box.low, box.high])
+    images[2, 3, 3, 0] = np.inf
+    with pytest.raises(DataError, match="give finite data"):
+        Box.around(images)
     whole = Box.around(np.array([[3, 7], [5, 7]]))
     assert whole.inside(np.array([[4.4, 9.0], [99.0, 0.0]])).tolist() == [[4, 7], [5, 7]]
     with pytest.raises(DataError, match="cannot vary"):

@@ -479,6 +479,7 @@ def _gate_activation(site: Site) -> Found:
 
 # ---------------------------------------------------------------------------------------------- structure
 
+LARGE = 1e4
 MERGES = (L.Add, L.Subtract, L.Multiply, L.Maximum)
 
 
@@ -723,6 +724,19 @@ def _rare(trigger: Trigger, outcome: str) -> Kind:
     return kind
 
 
+def _small_part(change: Callable[[Any], Any]) -> Kind:
+    """The columns of a Concatenate that stand beside rescaled, large ones."""
+
+    def large(tensor: Any) -> bool:
+        layer = tensor._keras_history.operation
+        return isinstance(layer, L.Rescaling) and abs(layer.scale) >= LARGE
+
+    def fits(layer: Any) -> bool:
+        return [large(tensor) for tensor in layer.input] == [True, False]
+
+    return _called((L.Concatenate,), lambda layer, xs: layer([xs[0], change(xs[1])]), fits)
+
+
 # -------------------------------------------------------------------------------------------------- tables
 
 KINDS: Mapping[str, Mapping[str, Kind]] = {
@@ -815,6 +829,14 @@ KINDS: Mapping[str, Mapping[str, Kind]] = {
         "float16 input": _fed(lambda s, i, x: _cast(x, "float16"), is_float),
         "float16 output": _outputs(lambda y: _cast(y, "float16")),
         "bfloat16 output": _outputs(lambda y: _cast(y, "bfloat16")),
+    },
+    "scales": {
+        "small columns times 1.5": _small_part(lambda x: 1.5 * x),
+        "small columns times 1.001": _small_part(lambda x: 1.001 * x),
+        "small columns shifted by 0.0001": _small_part(lambda x: x + 1e-4),
+        "small columns rolled by one": _small_part(lambda x: ops.roll(x, 1, axis=-1)),
+        "small columns zeroed": _small_part(lambda x: 0.0 * x),
+        "small columns those of other samples": _small_part(lambda x: ops.flip(x, axis=0)),
     },
     "shapes": {
         "batch of 1 in the signature": lambda site: ("inputs", Edit(batch=1)),

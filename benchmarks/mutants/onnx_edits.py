@@ -273,19 +273,33 @@ def _swapped(places: str) -> Kind:
 
 
 def _folded(site: Site) -> list[tuple[Any, Any, Any]]:
-    """BatchNormalizations that are still a product and a sum: (layer, Mul, Add)."""
+    """BatchNormalizations that are still a sum: (layer, its Mul or the MatMul that took it in, Add)."""
     norms = {layer.name: layer for layer in site.model.layers if isinstance(layer, keras.layers.BatchNormalization)}
     found = []
     for name, layer in norms.items():
-        for mul in site.graph.nodes("Mul"):
-            scale = site.graph.constant(mul.input[1]) if len(mul.input) == 2 else None
-            adds = [node for node in site.graph.nodes("Add") if node.input[0] == mul.output[0]]
-            if mul.output[0].startswith(f"{name}/") and scale is not None and len(adds) == 1:
-                norm = norm_of(layer)
-                right = norm.gamma / np.sqrt(norm.variance + norm.epsilon)
-                if scale.size == right.size and np.allclose(scale.ravel(), right, rtol=1e-5):
-                    found.append((layer, mul, adds[0]))
+        norm = norm_of(layer)
+        right = norm.gamma / np.sqrt(norm.variance + norm.epsilon)
+        for add in site.graph.nodes("Add"):
+            makers = [node for node in site.graph.nodes("Mul", "MatMul") if node.output[0] == add.input[0]]
+            scale = site.graph.constant(makers[0].input[1]) if makers else None
+            if not add.output[0].startswith(f"{name}/") or scale is None or scale.shape[-1:] != right.shape[-1:]:
+                continue
+            if makers[0].op_type == "MatMul" or np.allclose(scale.ravel(), right, rtol=1e-5):
+                found.append((layer, makers[0], add))
     return found
+
+
+def _rewritten(site: Site, place: tuple[Any, Any, Any], wrong: tuple[Array, Array]) -> None:
+    """Another scale and shift for a BatchNormalization: y = k·x + t, of which k holds its scale as a factor."""
+    layer, product, add = place
+    right = MISREAD["right"](norm_of(layer))
+    scale, shift = site.graph.constant(product.input[1]), site.graph.constant(add.input[1])
+    assert scale is not None
+    assert shift is not None
+    ratio, size = wrong[0] / right[0], (-1,) if product.op_type == "MatMul" else scale.shape
+    site.graph.give(product, 1, scale * ratio.reshape(size))
+    moved = (shift.ravel() - right[1]) * ratio + wrong[1]  # what a bias before it added is scaled as well
+    site.graph.give(add, 1, moved.reshape(shift.shape))
 
 
 def _misread(name: str) -> Kind:
@@ -293,15 +307,8 @@ def _misread(name: str) -> Kind:
         place = site.one(_folded(site))
         if place is None:
             return None
-        layer, mul, add = place
-        wrong, right = MISREAD[name](norm_of(layer)), MISREAD["right"](norm_of(layer))
-        scale, shift = site.graph.constant(mul.input[1]), site.graph.constant(add.input[1])
-        assert scale is not None
-        assert shift is not None
-        ratio, difference = (wrong[0] / right[0]).reshape(scale.shape), (wrong[1] - right[1]).reshape(shift.shape)
-        site.graph.give(mul, 1, scale * ratio)
-        site.graph.give(add, 1, shift + difference)
-        return str(layer.name)
+        _rewritten(site, place, MISREAD[name](norm_of(place[0])))
+        return str(place[0].name)
 
     return kind
 
@@ -311,15 +318,11 @@ def _other_statistics(site: Site) -> str | None:
     pairs = [(a, b) for a in found for b in found if a is not b and a[0].moving_mean.shape == b[0].moving_mean.shape]
     if not pairs:
         return None
-    (layer, mul, add), (other, *_) = site.one(pairs)
+    place, (other, *_) = site.one(pairs)
+    layer = place[0]
     norm, theirs = norm_of(layer), norm_of(other)
-    scale, right = norm.gamma / np.sqrt(theirs.variance + norm.epsilon), MISREAD["right"](norm)
-    old, shift = site.graph.constant(mul.input[1]), site.graph.constant(add.input[1])
-    assert old is not None
-    assert shift is not None
-    site.graph.give(mul, 1, old * (scale / right[0]).reshape(old.shape))
-    moved = (norm.beta - theirs.mean * scale) - right[1]
-    site.graph.give(add, 1, shift + moved.reshape(shift.shape))
+    scale = norm.gamma / np.sqrt(theirs.variance + norm.epsilon)
+    _rewritten(site, place, (scale, norm.beta - theirs.mean * scale))
     return f"{layer.name} with those of {other.name}"
 
 
@@ -852,6 +855,31 @@ def _rare(trigger: Trigger, outcome: str) -> Kind:
     return kind
 
 
+def _small_part(build: Build) -> Kind:
+    """The columns of a Concat that come out of a Softmax: small beside what they are joined to."""
+
+    def kind(site: Site) -> str | None:
+        g = site.graph
+        parts = {node.output[0]: node for node in g.nodes("Softmax")}
+        joined = {name for node in g.nodes("Concat") for name in node.input}
+        node = site.one([node for name, node in parts.items() if name in joined])
+        if node is None:
+            return None
+        name = str(node.output[0])
+        g.behind(node, build)
+        return name
+
+    return kind
+
+
+def _rolled(g: Graph, y: str) -> str:
+    first, rest = (
+        g.op("Slice", y, *(g.new([v], np.int64) for v in bounds))
+        for bounds in ((0, 1, -1, 1), (1, np.iinfo(np.int64).max, -1, 1))
+    )
+    return g.op("Concat", rest, first, axis=-1)
+
+
 # -------------------------------------------------------------------------------------------------- tables
 
 WINDOWS = ("Conv", "MaxPool", "AveragePool")
@@ -948,6 +976,14 @@ KINDS: Mapping[str, Mapping[str, Kind]] = {
         "float16 input": _fed(lambda i: _cast("float16"), _is_float),
         "float16 output": _output(lambda site, name: _cast("float16")),
         "bfloat16 output": _output(lambda site, name: _cast("bfloat16")),
+    },
+    "scales": {
+        "small columns times 1.5": _small_part(lambda g, y: g.op("Mul", y, g.new(1.5))),
+        "small columns times 1.001": _small_part(lambda g, y: g.op("Mul", y, g.new(1.001))),
+        "small columns shifted by 0.0001": _small_part(lambda g, y: g.op("Add", y, g.new(1e-4))),
+        "small columns rolled by one": _small_part(_rolled),
+        "small columns zeroed": _small_part(lambda g, y: g.op("Mul", y, g.new(0.0))),
+        "small columns those of other samples": _small_part(_backwards(0)),
     },
     "shapes": {
         "batch of 1 in the signature": _batch(1),

@@ -1,8 +1,8 @@
 """An ONNX graph in float64: onnx's ReferenceEvaluator on a copy whose float32 became float64.
 
-Five operators are replaced. Erf, because onnx's own rounds to float32; Loop, because its own joins what is collected
-along the wrong axis; convolution and pooling, because its loops over pixels take minutes. `mutation_score.py` fails
-where the referee does not agree with the Keras float64 reference on the unmutated graph of a subject.
+What deploykit's runtime of that name corrects is corrected here, and convolution and pooling are replaced, because its
+loops over pixels take minutes. `mutation_score.py` fails where the referee does not agree with the Keras float64
+reference on the unmutated graph of a subject.
 
 Limits: operators that subjects use; no ceil_mode, no dilated pooling.
 """
@@ -20,13 +20,12 @@ from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
-from onnx.reference.ops.op_loop import Loop as ReferenceLoop
 
+from deploykit.runtimes.onnx_reference import CORRECTED
 from mutants import StillbornError
 
 Array = NDArray[Any]
 FLOAT, DOUBLE = TensorProto.FLOAT, TensorProto.DOUBLE
-_erf = np.vectorize(math.erf, otypes=[np.float64])
 
 
 def _pads(size: Sequence[int], kernel: Sequence[int], strides: Sequence[int], auto_pad: Any, pads: Any) -> list[Any]:
@@ -80,27 +79,7 @@ class AveragePool(OpRun):
         return (sums / _windows(np.ones_like(x), kernel_shape, strides, None, auto_pad, pads, 0.0).sum(axis=axes),)
 
 
-class Erf(OpRun):
-    def _run(self, x):
-        return (_erf(x).astype(x.dtype),)
-
-
-class Loop(ReferenceLoop):
-    """Scan outputs are stacked along a new axis."""
-
-    def _run(self, times, go, *states, context=None, body=None, attributes=None, **_):
-        names, count = self.body.input_names, 0
-        scans: list[list[Array]] = [[] for _ in range(self.K)]
-        while go and (times is None or count < times):
-            values = {**(context or {}), names[0]: np.array(count, np.int64), names[1]: np.array(go)}
-            go, *rest = self._run_body({**values, **dict(zip(names[2:], states, strict=True))}, attributes=attributes)
-            states, count = rest[: self.N], count + 1
-            for found, value in zip(scans, rest[self.N :], strict=True):
-                found.append(value)
-        return (*states, *map(np.stack, scans))
-
-
-_OPERATORS = [Conv, MaxPool, AveragePool, Erf, Loop]
+_OPERATORS = [Conv, MaxPool, AveragePool, *CORRECTED]
 
 
 def _widened(tensor: Any) -> None:

@@ -116,7 +116,9 @@ def tokens() -> Any:
 
 
 def table() -> Any:
-    """Two inputs, three outputs, two of them of one shape; Dense layers of one size, BN, several activations."""
+    """Two inputs, four outputs, two of them of one shape, one with columns of several scales; Dense layers of one size,
+    BN, several activations.
+    """
     a, b = keras.Input((12,), name="customer"), keras.Input((6,), name="order")
     x = L.Dense(8, use_bias=False, name="left1")(a)
     x = L.ReLU(name="left_relu")(L.BatchNormalization(name="left_bn")(x))
@@ -132,6 +134,8 @@ def table() -> Any:
         L.Dense(4, name="returns")(z),
         L.Dense(5, activation="softmax", name="kind")(z),
     ]
+    price = L.Rescaling(1e6, name="price")(L.Dense(1, activation="sigmoid", name="amount")(z))
+    outputs.append(L.Concatenate(name="offer")([price, L.Dense(3, activation="softmax", name="odds")(z)]))
     return keras.Model([a, b], outputs, name="table")
 
 

@@ -91,7 +91,12 @@ def open_samples(
     counts = [part.count for part, _ in parts]
     numbers = request.chosen(sum(counts))
     labels = [np.concatenate(part.labels) for part, _ in parts if part.labels is not None]
-    done = ", ".join(dict.fromkeys(filter(None, (*source.done, *(note for part, _ in parts for note in part.notes)))))
+    notes = [
+        *source.done,
+        *(note for part, _ in parts for note in part.notes),
+        _cut(request, len(numbers), sum(counts)),
+    ]
+    done = ", ".join(dict.fromkeys(filter(None, notes)))
     words = f"{where} ({done})" if done else where
     batch = batch_of(signature)
     if len(numbers) < batch:
@@ -139,6 +144,13 @@ def _reader(where: str) -> Callable[[Request], Source]:
         f"there is no file, folder or Keras data set {where!r}; data sets: {', '.join(KERAS_SETS)}; "
         "a Python function is module:function"
     )
+
+
+def _cut(request: Request, used: int, count: int) -> str:
+    """What a limit left out, in words."""
+    if used < count:
+        return f"{used:,} of {count:,} samples"
+    return f"the first {used:,} samples" if used == request.limit and is_program(request.where) else ""
 
 
 Columns = Mapping[str, Fitted]

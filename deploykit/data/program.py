@@ -99,6 +99,10 @@ def _running(where: str, place: str) -> Iterator[None]:
         with importable(folder, first=is_file), contextlib.redirect_stdout(sys.stderr):
             yield
     except (Exception, SystemExit) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == place:
+            raise DataError(
+                f"{where} names a function of the module {place}, which is not there; check the name"
+            ) from error
         cause = f"{type(error).__name__}: {str(error)[:200]}".removesuffix(": ")
         raise DataError(f"{where} failed with {cause}{_line(error)}; mend it") from error
 

@@ -2,6 +2,7 @@
 
     count, source, labels       how many, what they are (for a report), one label for each or None
     head(n) -> Samples          the first n, in memory
+    take(numbers) -> Samples    those, in memory
     batches(size)               arrays by input name, ``size`` samples at a time; may be asked for again and again
 
 `Stream` holds no sample: each batch is fetched, cast and checked when it is its turn, so memory depends on
@@ -10,7 +11,7 @@ the size of a batch and not on ``count``. What a check of a batch finds is a Dat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,6 +62,12 @@ class Samples:
         labels = None if self.labels is None else self.labels[:n]
         return Samples({name: array[:n] for name, array in self.arrays.items()}, self.source, labels)
 
+    def take(self, numbers: Sequence[int] | Numbers) -> Samples:
+        """The samples of these numbers, counted from 0, in this order."""
+        wanted = np.asarray(numbers, np.intp)
+        labels = None if self.labels is None else self.labels[wanted]
+        return Samples({name: array[wanted] for name, array in self.arrays.items()}, self.source, labels)
+
     def batches(self, size: int) -> Iterator[dict[str, Array]]:
         """Arrays by name, ``size`` samples at a time; the last batch may be smaller."""
         for rows in _slices(self.count, size):
@@ -89,6 +96,13 @@ class Stream:
         """The first ``n`` samples (all, when there are fewer), in memory. Raises DataError as `batches` does."""
         labels = None if self.labels is None else self.labels[:n]
         return Samples(self.fetch(self.numbers[:n]), self.source, labels)
+
+    def take(self, numbers: Sequence[int] | Numbers) -> Samples:
+        """The samples of these numbers, counted from 0, in this order, in memory. Raises DataError as `batches`."""
+        wanted = np.asarray(numbers, np.intp)
+        ascending, order = np.unique(wanted, return_inverse=True)
+        arrays = {name: array[order] for name, array in self.fetch(self.numbers[ascending]).items()}
+        return Samples(arrays, self.source, None if self.labels is None else self.labels[wanted])
 
     def batches(self, size: int) -> Iterator[dict[str, Array]]:
         """Arrays by name, ``size`` samples at a time; the last batch may be smaller.

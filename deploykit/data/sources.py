@@ -110,7 +110,7 @@ def part_by_name(
     if len(names) == 1 and names[0] not in keys:
         wanted = {names[0]: "x"}
     if any(key not in keys for key in wanted.values()):
-        alternative = " (or x)" if len(names) == 1 else ""
+        alternative = " (or x)" if len(names) == 1 and names[0] != "x" else ""
         raise DataError(
             f"{where} must hold {', '.join(names)}{alternative}; found {', '.join(keys) or 'nothing'}; "
             "rename the arrays"

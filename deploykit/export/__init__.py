@@ -4,19 +4,19 @@
 and output names, names nodes after layers, and refuses in one line what cannot be exported. `export_stock`
 is what people run today, as the baseline to compare with.
 
-The steps are `tracing` (Keras to ONNX), `canonical` (names and order) and the writing here. A file is
-written whole or not at all; with external data the old model goes first and the new model comes last,
-so that a model never stands beside data that is not its own.
+The steps are `tracing` (Keras to ONNX), `lowering` (the same function in operations that run faster), `canonical`
+(names and order) and the writing here. A file is written whole or not at all; with external data the old model
+goes first and the new model comes last, so that a model never stands beside data that is not its own.
 
 Limits: no layers that keep state between calls (``stateful=True``), no string, sparse or ragged inputs,
-no operation that tf2onnx lacks. Opsets 13 to 18.
+no operation that tf2onnx lacks. Opsets 13 to 18. A model above 2 GB is not lowered: its constants are not in the graph.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,25 +29,30 @@ import tf2onnx
 import deploykit
 from deploykit import runtimes
 from deploykit.errors import DeploykitError, InputError, UnsupportedModelError
-from deploykit.export import canonical, tracing
+from deploykit.export import canonical, lowering, tracing
 from deploykit.files import claim, whole_file
 from deploykit.graph import flat_call
 from deploykit.graph import signature as signature_of
 from deploykit.signature import Signature, TensorSpec
 
-__all__ = ["Exported", "export", "export_stock"]
+__all__ = ["ALL_LOWERINGS", "Exported", "export", "export_stock"]
 
 # Above this many bytes of constants the data goes to a file of its own. A protobuf message ends at 2^31;
 # the rest is room for the graph itself and for constants that folding makes larger.
 EXTERNAL_ABOVE_BYTES = 1_900_000_000
 ALIGNMENT_BYTES = 4096  # external tensors start at a page, so that they can be mapped
 
+ALL_LOWERINGS = tuple(row.name for row in lowering.LOWERINGS)
 PLAIN, STOCK, STOCK_FROZEN = "deploykit", "stock", "stock, captures frozen"
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written. ``bytes`` counts the external data too; ``kind`` says which exporter made it."""
+    """What was written. ``bytes`` counts the external data too; ``kind`` says which exporter made it.
+
+    ``lowered``: how many places each lowering rewrote. ``unlowered``: the same file without lowering, where that was
+    asked for and differs.
+    """
 
     path: Path
     opset: int
@@ -57,6 +62,8 @@ class Exported:
     external_data: bool
     kind: str = PLAIN
     operations: int = 0  # nodes that compute something
+    lowered: Mapping[str, int] = field(default_factory=dict)
+    unlowered: Path | None = None
 
 
 def export(
@@ -68,11 +75,14 @@ def export(
     metadata: Mapping[str, str] | None = None,
     force: bool = False,
     external_above: int = EXTERNAL_ABOVE_BYTES,
+    without: Collection[str] = (),
+    unlowered: str | os.PathLike[str] | None = None,
 ) -> Exported:
     """Write ``model`` as ONNX, with the names, shapes and dtypes it has in Keras.
 
-    ``batch`` fixes the batch size; None leaves it free. ``metadata`` goes into the file's
-    ``metadata_props``. More than ``external_above`` bytes of constants go to ``<path>.data``. The model
+    ``batch`` fixes the batch size; None leaves it free. ``metadata`` goes into the file's ``metadata_props``.
+    ``without`` names the lowerings to leave out; ``unlowered`` is where to write the file without any, too, if one
+    of them changes something. More than ``external_above`` bytes of constants go to ``<path>.data``. The model
     is not changed. Raises UnsupportedModelError for what ONNX or tf2onnx cannot express, OutputError
     where the file exists (without ``force``) or cannot be written.
     """
@@ -86,14 +96,24 @@ def export(
             claim(_data_path(path), force=force)
         outside = max(tracing.SMALL_CONSTANT_BYTES, external_above // 2000) if large else None
         frozen = tracing.freeze(function, paths, outside_bytes=outside)
-        proto, contents, notices = tracing.convert(frozen, opset, records)
+        converted, contents, notices = tracing.convert(frozen, opset, records)
+
+    def written(proto: Any, path: Path) -> tuple[int, bool]:
         new = canonical.canonicalise(proto, signature, _known(frozen), model.name, opset)
-    contents = {new[name]: content for name, content in contents.items() if name in new}
-    proto.producer_name, proto.producer_version = "deploykit", deploykit.__version__
-    onnx.helper.set_model_props(proto, dict(sorted((metadata or {}).items())))
-    size, external = _write(proto, contents, path, force=force, external_above=external_above)
+        outside = {new[name]: content for name, content in contents.items() if name in new}
+        proto.producer_name, proto.producer_version = "deploykit", deploykit.__version__
+        onnx.helper.set_model_props(proto, dict(sorted((metadata or {}).items())))
+        return _write(proto, outside, path, force=force, external_above=external_above)
+
+    proto, lowered = (converted, {}) if contents else lowering.lower(converted, without=without)
+    size, external = written(proto, path)
+    plain = claim(unlowered, force=force) if unlowered is not None and any(lowered.values()) else None
+    if plain is not None:
+        written(converted, plain)
     operations = sum(node.op_type not in ("Identity", "Constant") for node in proto.graph.node)
-    return Exported(path, opset, signature, size, tuple(notices), external, operations=operations)
+    return Exported(
+        path, opset, signature, size, tuple(notices), external, operations=operations, lowered=lowered, unlowered=plain
+    )
 
 
 def export_stock(

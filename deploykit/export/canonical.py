@@ -6,7 +6,7 @@ differ from run to run. Here only the graph's structure decides:
 - *Order*: nodes in post-order of a depth-first walk from the outputs, inputs first to last.
 - *Nodes* are named ``layer path/operation``: the scope of the TensorFlow operation they came from, as a
   path of Keras layer names (`tracing.Frozen.path`), and their ONNX operation (``block_1/conv/Conv``);
-  what tf2onnx inserted gets the path of its producer, or else of its consumer. A repeated name gets
+  what tf2onnx inserted gets the path of its weights, or else of its producer or consumer. A repeated name gets
   ``_1``, ``_2``, ... in order.
 - *Tensors* are named after the node that makes them (``block_1/conv/Conv:0``), constants after the node
   that reads them first and the place they have there in ONNX's own words (``block_1/conv/Conv/W``).
@@ -19,7 +19,7 @@ The walk leaves behind nodes that no output needs. Nothing here changes what is 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import onnx
@@ -132,12 +132,13 @@ def _ordered(graph: Any) -> list[Any]:
     return order
 
 
-def _paths(nodes: Sequence[Any], path: Callable[[str], str | None]) -> list[str]:
+def _paths(nodes: Sequence[Any], constants: Collection[str], path: Callable[[str], str | None]) -> list[str]:
     """``layer path/ONNX operation`` for every node, not yet unique."""
     layers: list[str | None] = []
     maker: dict[str, int] = {name: i for i, node in enumerate(nodes) for name in node.output if name}
     for node in nodes:
-        known = path(node.name)
+        weights = (path(read.partition(":")[0]) for read in node.input if read in constants)
+        known = path(node.name) or next((found for found in weights if found), None)
         known = known if known is None else _CALL.sub("", known)
         folder = (known or "").rpartition("/")[0]
         before = (layers[maker[read]] for read in _reads(node) if read in maker)
@@ -189,7 +190,7 @@ def _canonical_graph(
         copy.CopyFrom(node)
     del graph.node[:]
     graph.node.extend(kept)
-    own = [names.fresh(name) for name in _paths(kept, path)]
+    own = [names.fresh(name) for name in _paths(kept, {constant.name for constant in graph.initializer}, path)]
     new = _rename(graph, outer, names, own, opset)
     for node, name in zip(graph.node, own, strict=True):
         for inner in _inner(node):

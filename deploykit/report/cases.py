@@ -12,16 +12,16 @@ reason becomes a case.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from deploykit.report.wording import ratio, small
+from deploykit.report import evidence
+from deploykit.report.wording import ratio, small, snr
 
 Json = Mapping[str, Any]
 Outcome = Literal["passed", "failed", "error", "undecided"]
-
-NO_EVIDENCE = "no output varies between the samples, so agreement is no evidence; give real inputs"
 
 
 @dataclass(frozen=True)
@@ -88,53 +88,58 @@ def worst_element(output: Json) -> str:
     return f"{largest}worst element {place}"
 
 
-def _decibels(output: Json, key: str) -> str:
-    if output.get(key) is not None:
-        return f"{output[key]:.1f} dB"
-    return "exact" if key == "snr_db" and output.get("exact") else "-"
+def _output(model: str, title: str, output: Json) -> Case:
+    reason, doubt = None, evidence.doubt(output)
+    if not output["passed"]:
+        reason = output.get("reason") or "it differs from the reference"
+    return Case(
+        model,
+        title,
+        output["name"],
+        "failed" if reason else "undecided" if doubt else "passed",
+        reason or doubt,
+        snr(output),
+        snr(output, "reference_snr_db"),
+        worst_element(output),
+    )
 
 
-def _judged(model: str, comparison: Json, *, no_evidence: bool) -> Iterator[Case]:
+def _judged(model: str, comparison: Json) -> Iterator[Case]:
     """The cases of one candidate; at least one of them failed if it did."""
     title = f"{comparison['candidate']} on {comparison['runtime']}"
     if comparison.get("data"):
         title += f", {comparison['data']}"
-    found = [
-        Case(
-            model,
-            title,
-            output["name"],
-            "passed" if output["passed"] else "failed",
-            None if output["passed"] else output.get("reason") or "it differs from the reference",
-            _decibels(output, "snr_db"),
-            _decibels(output, "reference_snr_db"),
-            worst_element(output),
-        )
-        for output in comparison["outputs"]
-    ]
+    found = [_output(model, title, output) for output in comparison["outputs"]]
     whole = comparison.get("reason")
     if not found and whole is None:
         whole = "nothing was compared"
-    elif no_evidence:
-        whole = NO_EVIDENCE
+    elif evidence.dull(comparison):
+        whole = evidence.NO_EVIDENCE
     elif whole is None and not comparison["passed"] and not any(case.bad for case in found):
         whole = "the candidate did not pass"
     if whole is not None:
-        yield Case(model, title, "", "failed", whole)
+        yield Case(model, title, "", "error" if comparison.get("error") else "failed", whole)
     yield from found
 
 
+def _closer(report: Json) -> Iterator[Case]:
+    """What was looked at beyond the samples: the worst case, and gradients."""
+    for key, title in (("worst_case", "worst case"), ("gradients", "gradients")):
+        rows = report.get(key)
+        for row in rows if isinstance(rows, list) else ():
+            reason = None if row["passed"] else row.get("reason") or row["text"].splitlines()[0]
+            yield Case(
+                report["model"], f"{row['candidate']}: {title}", "", "passed" if row["passed"] else "failed", reason
+            )
+
+
 def _check(report: Json) -> Iterator[Suite]:
-    dull = set(report.get("insensitive") or ())
-    found: list[Case] = []
-    for comparison in report["comparisons"]:
-        names = {output["name"] for output in comparison["outputs"]}
-        found += _judged(report["model"], comparison, no_evidence=bool(names) and names <= dull)
+    found = [case for comparison in report["comparisons"] for case in _judged(report["model"], comparison)]
+    found += _closer(report)
     if not found or (not report["passed"] and not any(case.bad for case in found)):
         outcome: Outcome = "error" if report.get("outcome") == "error" else "failed"
-        found.append(
-            Case(report["model"], report["model"], "", outcome, report.get("reason") or "nothing was compared")
-        )
+        title = ", ".join(report.get("candidates") or ()) or report["model"]
+        found.append(Case(report["model"], title, "", outcome, report.get("reason") or "nothing was compared"))
     reference = report.get("reference") or {}
     policy = report.get("policy")
     facts = {
@@ -180,9 +185,12 @@ def _gate(gate: Json) -> Suite:
 
 
 def _ci(report: Json) -> Iterator[Suite]:
-    for check in (*report["checks"], *report["bundles"]):
-        yield from _check(check)
-    yield from map(_gate, report["latency"])
+    """One suite for each entry; a model that is checked several times gives suites of different names."""
+    seen: Counter[str] = Counter()
+    entries = (suite for check in (*report["checks"], *report["bundles"]) for suite in _check(check))
+    for suite in (*entries, *map(_gate, report["latency"])):
+        seen[suite.name] += 1
+        yield suite if seen[suite.name] == 1 else replace(suite, name=f"{suite.name} ({seen[suite.name]})")
 
 
 def _total(report: Json) -> float | None:

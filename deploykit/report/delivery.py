@@ -29,6 +29,7 @@ PAGES: Mapping[str, Callable[..., Path]] = {
     "deploykit.ci/1": write_ci_page,
     "deploykit.check/1": write_page,
     "deploykit.deploy/1": write_page,
+    "deploykit.bench/1": write_page,
 }
 
 

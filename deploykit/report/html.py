@@ -29,7 +29,8 @@ from pathlib import Path
 from typing import Any
 
 from deploykit.files import whole_file
-from deploykit.report import strict
+from deploykit.report import evidence, strict
+from deploykit.report.bench_charts import of_bench
 from deploykit.report.cases import cases
 from deploykit.report.check_markdown import cut, printable
 from deploykit.report.html_charts import (
@@ -43,7 +44,8 @@ from deploykit.report.html_charts import (
     ratio_span,
 )
 from deploykit.report.html_style import STYLE
-from deploykit.report.markdown import against, fused_in_short
+from deploykit.report.markdown import against, fused_in_short, setting
+from deploykit.report.picture import figures
 from deploykit.report.wording import count, milliseconds, origin, ratio, size, small
 
 Json = Mapping[str, Any]
@@ -62,7 +64,7 @@ VERDICTS: Mapping[tuple[bool, bool], tuple[str, str]] = {
     (False, False): ("NOT equivalent to the trained model", "bad"),
 }
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
-_DEPLOY, _CHECK = "deploykit.deploy/1", "deploykit.check/1"
+_DEPLOY, _CHECK, _BENCH = "deploykit.deploy/1", "deploykit.check/1", "deploykit.bench/1"
 
 
 class Markup(str):
@@ -87,7 +89,7 @@ def page(report: Json) -> str:
     sections = [
         _section("Outputs", _outputs(check)),
         _section("Distance from the reference", _histograms(check)),
-        _section("Error by layer", _layers(layers)),
+        _section("Error by layer", "".join(map(_layers, (layers, *(check.get("further_layers") or ()))))),
         _section("Worst case", _generic(check.get("worst_case") or report.get("worst_case"))),
         _section("Gradients", _generic(check.get("gradients") or report.get("gradients"))),
         _section("Latency", _latency(report)),
@@ -95,24 +97,48 @@ def page(report: Json) -> str:
         _section("Notices", _bullets(report.get("notices") or ())),
         _section("How it was measured", _measured(report, check)),
     ]
+    header = f'<h1 class="verdict {tone}">{said}</h1>{_why(report, check, layers)}{_facts(report, check)}'
+    return _whole(report, f"{said}: {_base(report['model'])}", header, sections)
+
+
+def bench_page(report: Json) -> str:
+    """The page of a benchmark: tables, pictures, and what makes the figures doubtful."""
+    report = {key: strict(value) for key, value in report.items()}
+    reason = report.get("reason")
+    said, tone = ("Measured", "good") if reason is None else ("Failed", "bad")
+    gates = report.get("gates") or ()
+    if gates and reason is None:
+        said = "Fast enough" if all(gate["outcome"] == "passed" for gate in gates) else "Undecided"
+        tone = "good" if said == "Fast enough" else "unsure"
+    sections = [
+        _section("Latency", _latency({"bench": report, "environment": report.get("environment")})),
+        _section("Gates", _generic(gates)),
+        _section("Pictures", figures(of_bench(report))),
+        _section("Notices", _bullets(report.get("notices") or ())),
+    ]
+    header = f'<h1 class="verdict {tone}">{said}</h1>' + (f"<p>{_text(reason)}</p>" if reason else "")
+    return _whole(report, f"{said}: {_base(report['model'])}", header, sections)
+
+
+def _whole(report: Json, title: str, header: str, sections: Sequence[str]) -> str:
     verb = report["schema"].removeprefix("deploykit.").removesuffix("/1")
     name = _base(report["model"])
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{_text(f'{said}: {name}')}</title><style>{STYLE}</style></head>\n<body>\n<header>"
-        f'<p class="what">deploykit {verb} · {_name(name)}</p>'
-        f'<h1 class="verdict {tone}">{said}</h1>{_why(report, check, layers)}{_facts(report, check)}</header>\n<main>'
+        f"<title>{_text(title)}</title><style>{STYLE}</style></head>\n<body>\n<header>"
+        f'<p class="what">deploykit {verb} · {_name(name)}</p>{header}</header>\n<main>'
         + "\n".join(section for section in sections if section)
         + f"</main>\n<footer><p>{_foot(report)}</p></footer>\n</body></html>\n"
     )
 
 
 def write_page(report: Json, path: str | os.PathLike[str], *, force: bool = True) -> Path:
-    """Write the page whole or not at all."""
+    """Write the page of a report of check, deploy or bench whole or not at all."""
+    made = bench_page if report["schema"] == _BENCH else page
     with whole_file(path, force=force) as target:
-        target.write_text(page(report), encoding="utf-8")
+        target.write_text(made(report), encoding="utf-8")
     return Path(path)
 
 
@@ -333,7 +359,7 @@ def _judged(output: Json) -> tuple[object, ...]:
             f"{_name(output['name'])}{f' <small>worst: {_text(where)}</small>' if (where := _place(output)) else ''}"
         ),
         _badge(output["passed"]),
-        _snr(output.get("snr_db"), bool(output.get("exact"))),
+        _snr(output.get("snr_db"), output.get("max_abs") == 0),
         _snr(output.get("reference_snr_db")),
         None if output.get("noise_ratio") is None else ratio(output["noise_ratio"]),
         _number(output.get("max_abs")),
@@ -379,10 +405,8 @@ def _outputs(check: Json) -> str:
             body.append(_row(columns, [row[place] for place in kept]))
             if not output["passed"]:
                 body.append(_spanning(columns, f"{_name(output.get('reason') or 'it differs')}"))
-            elif output.get("insensitive"):
-                body.append(
-                    _spanning(columns, '<span class="unsure">no evidence: it hardly varies between samples</span>')
-                )
+            elif doubt := evidence.doubt(output):
+                body.append(_spanning(columns, f'<span class="unsure">{_text(doubt)}</span>'))
         body += [_spanning(columns, told) for told in _remarks(comparison)]
         bodies.append("".join(body))
     return _framed(columns, bodies, "Outputs of every candidate")
@@ -578,8 +602,8 @@ def _latency(report: Json) -> str:
     """Timings, by batch size and threads; "" where nothing was timed."""
     bench = report.get("bench") or {}
     rows = bench.get("candidates") or []
-    settings = list(dict.fromkeys((row["batch"], row["threads"]) for row in rows))
-    parts = [_timed(bench, [row for row in rows if (row["batch"], row["threads"]) == s], s) for s in settings]
+    settings = list(dict.fromkeys(map(setting, rows)))
+    parts = [_timed(bench, [row for row in rows if setting(row) == place], place) for place in settings]
     if not parts:
         return ""
     cpu = (report.get("environment") or {}).get("cpu") or "?"
@@ -589,7 +613,7 @@ def _latency(report: Json) -> str:
     )
 
 
-def _timed(bench: Json, rows: Sequence[Json], setting: tuple[int, int | None]) -> str:
+def _timed(bench: Json, rows: Sequence[Json], place: tuple[int, int | None, str | None]) -> str:
     last = rows[-1]["name"]
     short = cut(last, 24)
     pairs = [against(bench, row, last) for row in rows]
@@ -621,8 +645,9 @@ def _timed(bench: Json, rows: Sequence[Json], setting: tuple[int, int | None]) -
         said = {"slower": f"{short} is faster", "faster": f"{short} is slower"}.get(verdict, verdict)
         figures = (milliseconds(median), None if p90 is None else milliseconds(p90))
         shown.append((name, drawn, *figures, compared, ratio(value) if value else None, within, said))
-    batch, threads = setting
+    batch, threads, given = place
     heading = f"Batch {batch}" + ("" if threads is None else f", {count(threads, 'thread')}")
+    heading += f", {given}" if given else ""
     return f"<h3>{heading}</h3>{_table(columns, shown, f'Latency, {heading.lower()}')}"
 
 

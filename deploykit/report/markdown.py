@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from deploykit.report.wording import decibels, milliseconds, origin, ratio, size, small
+from deploykit.report.wording import milliseconds, origin, ratio, size, small, snr
 
 Json = Mapping[str, Any]
 
@@ -40,7 +40,7 @@ def _equivalence(check: Json) -> list[str]:
             top1 = "" if output["top1_agreement"] is None else f"{100 * output['top1_agreement']:.2f} %"
             lines.append(
                 f"| {comparison['candidate']} | {comparison['runtime']} | `{output['name']}` | "
-                f"{decibels(output['snr_db'])} | {decibels(output['reference_snr_db'])} | {small(output['max_abs'])} | "
+                f"{snr(output)} | {snr(output, 'reference_snr_db')} | {small(output['max_abs'])} | "
                 f"{top1} | {'same' if output['passed'] else 'DIFFERS'} |"
             )
     return lines
@@ -64,11 +64,16 @@ def _speed(bench: Json) -> list[str]:
     return lines
 
 
+def setting(row: Json) -> tuple[int, int | None, str | None]:
+    """In what a row of a benchmark can be compared with others: batch, threads, size of the inputs."""
+    return row["batch"], row["threads"], row.get("size")
+
+
 def against(bench: Json, row: Json, last: str) -> tuple[float | None, list[float] | None, str]:
     """(latency of ``row`` / latency of the candidate ``last``, its interval, verdict on ``row``)."""
     turn = {"faster": "slower", "slower": "faster"}
     for c in bench["comparisons"]:
-        if (c["batch"], c["threads"]) != (row["batch"], row["threads"]) or not c["ratio"]:
+        if setting(c) != setting(row) or not c["ratio"]:
             continue
         if (c["a"], c["b"]) == (row["name"], last):
             return c["ratio"], c["ci95"], c["verdict"]

@@ -15,9 +15,10 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from deploykit.report import evidence, profile_text
 from deploykit.report.ci_text import ci
-from deploykit.report.markdown import against, fused_in_short
-from deploykit.report.wording import count, decibels, milliseconds, origin, ratio, size, small
+from deploykit.report.markdown import against, fused_in_short, setting
+from deploykit.report.wording import count, milliseconds, origin, ratio, size, small, snr
 
 Json = Mapping[str, Any]
 ROWS = 20  # a table of decisions folds into counts beyond this
@@ -134,6 +135,12 @@ def fuse(report: Json, console: Console) -> None:
 # ------------------------------------------------------------------------------------------------- check
 
 
+def _judgement(output: Json) -> Text:
+    if output["passed"] and evidence.doubt(output):
+        return Text("same, but no evidence", style="yellow")
+    return _verdict(output["passed"], "same", "DIFFERS")
+
+
 def _check_rows(check: Json) -> list[tuple[str, RenderableType]]:
     rows: list[tuple[str, RenderableType]] = []
     for index, comparison in enumerate(check["comparisons"]):
@@ -143,11 +150,11 @@ def _check_rows(check: Json) -> list[tuple[str, RenderableType]]:
             top1 = output["top1_agreement"]
             table.add_row(
                 escape(output["name"]),
-                decibels(output["snr_db"]) if output["max_abs"] is not None else "-",
-                decibels(output["reference_snr_db"]),
+                snr(output),
+                snr(output, "reference_snr_db"),
                 small(output["max_abs"]),
                 "-" if top1 is None else f"{100 * top1:.2f} %",
-                _verdict(output["passed"], "same", "DIFFERS"),
+                _judgement(output),
             )
         verdict = _verdict(comparison["passed"], "equivalent:", "NOT EQUIVALENT:")
         what = f" {comparison['candidate']} on {comparison['runtime']}, {count(comparison['samples'], 'sample')}"
@@ -156,6 +163,9 @@ def _check_rows(check: Json) -> list[tuple[str, RenderableType]]:
             reasons.insert(0, comparison["reason"])
         content: list[RenderableType] = [Text.assemble(verdict, what), table]
         content += [Text(reason, style="red") for reason in reasons[:4]]
+        left_out = max((output.get("excluded", 0) for output in comparison["outputs"]), default=0)
+        if left_out:
+            content.append(Text(f"{comparison['samples'] - left_out} of them judged", style="yellow"))
         rows.append(("check" if index == 0 else "", Group(*content)))
     return rows
 
@@ -168,6 +178,7 @@ def check(report: Json, console: Console) -> None:
         rows.append(("", escape(f"and on {other}")))
     if layers := report.get("layers"):
         rows.append(("layers", escape(layers["text"])))
+        rows += [("", escape(f"{more['candidate']}: {more['text']}")) for more in report.get("further_layers", ())]
     for key, label in (("worst_case", "worst case"), ("gradients", "gradients")):
         for part in report.get(key, ()):
             rows.append((label, escape(f"{part['candidate']}: {part['text']}")))
@@ -182,10 +193,9 @@ def check(report: Json, console: Console) -> None:
 def _bench_table(bench: Json) -> RenderableType:
     table = _table("candidate", "batch", "median", "p90", "ratio", "95 % interval", "", right=[1, 2, 3, 4])
     candidates = bench["candidates"]
-    settings = list(dict.fromkeys((c["batch"], c["threads"]) for c in candidates))
-    for batch, threads in settings:
-        group = [c for c in candidates if (c["batch"], c["threads"]) == (batch, threads)]
-        last = group[-1]
+    for place in dict.fromkeys(map(setting, candidates)):
+        group = [c for c in candidates if setting(c) == place]
+        last, batch = group[-1], place[0]
         for c in group:
             if c["failed"]:
                 table.add_row(
@@ -214,8 +224,15 @@ def _said(verdict: str, last: str) -> str:
 def bench(report: Json, console: Console) -> None:
     threads = sorted({str(c["threads"]) for c in report["candidates"]})
     cpu = report["environment"].get("cpu", "?")
-    rows = [("time", _bench_table(report)), ("on", escape(f"{cpu}, threads {', '.join(threads)}"))]
+    rows: list[tuple[str, RenderableType]] = [("time", _bench_table(report))]
+    for gate in report.get("gates") or ():
+        said = {"passed": "fast enough", "undecided": "UNDECIDED", "failed": "TOO SLOW"}[gate["outcome"]]
+        limit = f"at most {gate['max_slowdown']:g}x the time of {gate['baseline']}"
+        rows.append(("gate", escape(f"{said}: {gate['candidate']}, {ratio(gate['ratio'])}; {limit}")))
+    rows.append(("on", escape(f"{cpu}, threads {', '.join(threads)}")))
     console.print(Group(_head(report), _grid(rows + _notices(report))))
+    for found in report.get("profiles") or ():
+        profile_text.profile(found, console)
 
 
 # ----------------------------------------------------------------------------------- inspect, export, deploy

@@ -30,8 +30,11 @@ def ratio(value: float | None) -> str:
     return f"{value:.2f}x" if value < 10 else f"{value:.1f}x"
 
 
-def decibels(value: float | None) -> str:
-    return "exact" if value is None else f"{value:.1f} dB"
+def snr(output: Mapping[str, Any], key: str = "snr_db") -> str:
+    """The candidate's SNR, or the original's own (``reference_snr_db``); without an error there is no SNR."""
+    if output.get(key) is not None:
+        return f"{output[key]:.1f} dB"
+    return "exact" if key == "snr_db" and output.get("max_abs") == 0 else "-"
 
 
 def small(value: float | None) -> str:

@@ -100,6 +100,14 @@ def missing(name: str, component: str) -> MissingComponentError:
     return MissingComponentError(f"runtime {name} needs {component}; install it with: pip install '{install}'")
 
 
+def known(name: str) -> Runtime:
+    """The row of the runtime called ``name``. Raises InputError where there is none."""
+    row = RUNTIMES.get(name)
+    if row is None:
+        raise InputError(f"unknown runtime {name!r}; known are {', '.join(RUNTIMES)}")
+    return row
+
+
 def open(name: str, model: Any, *, threads: int | None = None) -> Session:
     """Load ``model`` (a path; for "keras" also a keras.Model) into the runtime called ``name``.
 
@@ -107,9 +115,7 @@ def open(name: str, model: Any, *, threads: int | None = None) -> Session:
     Raises InputError for an unknown runtime, MissingComponentError where its package is not
     installed, LoadError for a file that it cannot read.
     """
-    row = RUNTIMES.get(name)
-    if row is None:
-        raise InputError(f"unknown runtime {name!r}; known are {', '.join(RUNTIMES)}")
+    row = known(name)
     if threads is not None and threads < 1:
         raise InputError(f"threads must be at least 1, not {threads}")
     try:

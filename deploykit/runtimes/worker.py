@@ -6,8 +6,8 @@ reads one command per line on stdin and answers each with one line on stdout:
 
     {"do": "load", "runtime": R, "model": PATH, "threads": N, "inputs": FILE.npz, "batch": B}
                                          {"import_s": s, "load_s": s}
-    {"do": "warm"}                       {"median_s": s, "runs": n, "settled": bool, "peak_rss_bytes": n}
-    {"do": "run", "runs": N}             {"samples_s": [s, ...], "peak_rss_bytes": n}
+    {"do": "warm"}                       {"first_s": s, "median_s": s, "runs": n, "settled": bool, "peak_rss_bytes": n}
+    {"do": "run", "runs": N}             {"samples_s": [s, ...], "cpu_s": s, "megahertz": f, "peak_rss_bytes": n}
     {"do": "quit"}, or the end of stdin  no answer; the process ends
 
 A command that fails is answered with {"failed": "one line"}. Stdout belongs to the protocol: file
@@ -16,6 +16,8 @@ descriptor 1 is turned to stderr before a runtime is imported, so that C++ canno
 The time of a run is that of ``Session.run``: arrays in, arrays out, the conversions that a server makes
 included (5 to 10 us for ONNX Runtime, about 100 us for TensorFlow; that matters for tiny models).
 ``load_s`` is opening the session, without the runtime's import, with the file as the system's cache has it.
+``cpu_s`` is the time of processors that the block took, all threads together. ``"flush": true`` in a load command
+opens an ONNX Runtime session that takes denormal numbers for zero.
 
 Warm-up. After a first run (it compiles and allocates) runs are taken in windows of at least 5 runs and
 20 ms, until the medians of two windows in a row are within 5 % of each other, or 2 s have passed.
@@ -34,6 +36,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,6 +44,7 @@ import numpy as np
 from deploykit import runtimes
 from deploykit.environment import peak_rss_bytes
 from deploykit.errors import DataError, DeploykitError
+from deploykit.noise import megahertz
 
 WINDOW_RUNS = 5
 WINDOW_S = 0.02
@@ -79,7 +83,7 @@ def warm_up(call: Callable[[], object], limit_s: float = WARM_LIMIT_S) -> Answer
     clock = time.perf_counter
     begin = clock()
     call()
-    runs, before = 1, None
+    runs, before, first_s = 1, None, clock() - begin
     while True:
         opened, window = clock(), timed(call, 1)
         while (len(window) < WINDOW_RUNS or clock() - opened < WINDOW_S) and clock() - begin < limit_s:
@@ -88,7 +92,7 @@ def warm_up(call: Callable[[], object], limit_s: float = WARM_LIMIT_S) -> Answer
         median = statistics.median(window)
         settled = before is not None and abs(median - before) <= SETTLED * before
         if settled or (before is not None and clock() - begin >= limit_s):
-            return {"median_s": median, "runs": runs, "settled": settled}
+            return {"first_s": first_s, "median_s": median, "runs": runs, "settled": settled}
         before = median
 
 
@@ -101,6 +105,14 @@ def _read(runtime: str, model: str, options: Mapping[str, Any]) -> Any:
     return load(model, **options).model
 
 
+def _flushing(model: str, threads: int) -> Any:
+    """A session of ONNX Runtime's CPU whose threads take denormal numbers for zero; the first of its process."""
+    from deploykit.runtimes import onnxruntime_cpu as cpu
+
+    entries = {"session.set_denormal_as_zero": "1"}
+    return cpu.over(cpu.opened(model, cpu.PROVIDER, {}, threads, entries), cpu.NAME, Path(model))
+
+
 class Worker:
     """The commands; ``load`` comes first."""
 
@@ -108,7 +120,14 @@ class Worker:
         self._call: Callable[[], object] | None = None
 
     def load(
-        self, runtime: str, model: str, threads: int, inputs: str, batch: int, options: Mapping[str, Any] | None = None
+        self,
+        runtime: str,
+        model: str,
+        threads: int,
+        inputs: str,
+        batch: int,
+        options: Mapping[str, Any] | None = None,
+        flush: bool = False,
     ) -> Answer:
         with np.load(inputs, allow_pickle=False) as arrays:
             feed = dict(arrays)
@@ -121,7 +140,10 @@ class Worker:
             except ModuleNotFoundError:
                 pass
         imported = time.perf_counter()
-        session = runtimes.open(runtime, _read(runtime, model, options or {}), threads=threads)
+        if flush:
+            session = _flushing(model, threads)
+        else:
+            session = runtimes.open(runtime, _read(runtime, model, options or {}), threads=threads)
         loaded = time.perf_counter()
         for spec in session.signature.inputs:
             if spec.shape and spec.shape[0] not in (None, batch):
@@ -139,12 +161,14 @@ class Worker:
         call = self._ready()
         gc.collect()
         gc.disable()
+        computed = time.process_time()
         try:
             call()
             samples = timed(call, runs)
         finally:
             gc.enable()
-        return {"samples_s": samples, "peak_rss_bytes": peak_rss_bytes()}
+        cpu_s = time.process_time() - computed
+        return {"samples_s": samples, "cpu_s": cpu_s, "megahertz": megahertz(), "peak_rss_bytes": peak_rss_bytes()}
 
     def _ready(self) -> Callable[[], object]:
         if self._call is None:

@@ -1,0 +1,159 @@
+"""One benchmark from files to report: inputs that fit, candidates, timing, profile, gate.
+
+`deploykit.bench` times and compares; here is what the command and `deploykit ci` share around it. All models of a run
+get the same inputs, so their signatures must agree with the first one's; a model that refuses them is a row that says
+so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deploykit import gates, runtimes
+from deploykit.bench import BenchReport, bench
+from deploykit.bench import Candidate as Timed
+from deploykit.check import candidate_for
+from deploykit.data import Samples, read_samples, synthesize
+from deploykit.deploy import REAL, SYNTHETIC, Clock, DataOptions, Progress, silent
+from deploykit.errors import InputError
+from deploykit.profiling import profile
+from deploykit.signature import Signature
+
+PROFILED = "onnxruntime-cpu"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure: every combination of batch, threads and size. ``sizes`` are numbers for the open sizes."""
+
+    batches: tuple[int, ...] = (1,)
+    threads: tuple[int, ...] | None = None
+    sizes: tuple[int, ...] = ()
+    seconds: float = 4.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A baseline, and how much slower than it the others may be."""
+
+    baseline: Path
+    max_slowdown: float
+    strict: bool = False
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The keys of ``deploykit.bench/1``, and the gates where there are any."""
+
+    body: dict[str, Any]
+    notices: tuple[str, ...]
+    report: BenchReport
+    gates: tuple[gates.Gate, ...] = ()
+
+    @property
+    def failure(self) -> str | None:
+        """Why a gate fails, or None."""
+        failed = [gate for gate in self.gates if gate.outcome == "failed"]
+        return f"{failed[0].candidate} against {failed[0].baseline}: {failed[0].reason}" if failed else None
+
+
+def latency(
+    models: Sequence[Path],
+    *,
+    wanted: Sequence[str] = (),
+    data: DataOptions | None = None,
+    settings: Settings | None = None,
+    gate: Gate | None = None,
+    profiled: bool = False,
+    denormals: bool = False,
+    progress: Progress = silent,
+    clock: Clock | None = None,
+) -> Measured:
+    """Time models on the runtimes ``wanted`` (or on the one that follows from each file), side by side.
+
+    ``gate``: its baseline is measured beside the others, as the last one. ``profiled``: profile what runs on ONNX
+    Runtime's CPU kernels, in every setting. Raises InputError for a request that makes no sense.
+    """
+    data, settings, clock = data or DataOptions(), settings or Settings(), clock or Clock()
+    paths = [*models, gate.baseline] if gate else list(models)
+    chosen = candidates(paths, wanted)
+    if profiled and not any(candidate.runtime == PROFILED for candidate in chosen):
+        raise InputError(f"--profile sees into {PROFILED} alone; give an .onnx file or a bundle")
+    inputs, notices = given(models[0], data, settings.sizes)
+    clock.lap("load")
+    report = bench(
+        chosen,
+        [samples.arrays for samples in inputs],
+        batches=settings.batches,
+        threads=settings.threads,
+        seconds=settings.seconds,
+        seed=settings.seed,
+        focus=chosen[-1].name if gate else None,
+        limit=gate.max_slowdown if gate else None,
+        denormals=denormals,
+        progress=lambda at: progress(f"{at.candidate}: {at.phase}, round {at.rounds} of {at.limit}"),
+    )
+    clock.lap("bench")
+    body = report.to_json()
+    notices += body.pop("notices")
+    if profiled:
+        progress("profiling")
+        body["profiles"] = _profiles(chosen, inputs, settings)
+        clock.lap("profile")
+    held = gates.gate(report, chosen[-1].name, gate.max_slowdown, strict=gate.strict) if gate else ()
+    if gate:
+        body["gates"] = [each.to_json() for each in held]
+    notices += [f"{each.candidate}: {each.reason}" for each in held if each.outcome == "undecided"]
+    return Measured(body, tuple(notices), report, held)
+
+
+def _profiles(chosen: Sequence[Timed], inputs: Sequence[Samples], settings: Settings) -> list[dict[str, Any]]:
+    return [
+        profile(candidate.model, samples.arrays, batch=batch, threads=threads).to_json()
+        for candidate in chosen
+        if candidate.runtime == PROFILED
+        for samples in inputs
+        for threads in settings.threads or (None,)
+        for batch in settings.batches
+    ]
+
+
+def given(model: Path, data: DataOptions, sizes: Sequence[int] = ()) -> tuple[list[Samples], list[str]]:
+    """Inputs that fit a model, read from the file's own signature: one set for each of ``sizes``; and notices."""
+    signature = _signature(model)
+    if sizes and (data.data is not None or not any(None in spec.shape[1:] for spec in signature.inputs)):
+        why = "--data has a size of its own" if data.data is not None else f"{model} has no open sizes"
+        raise InputError(f"--size makes inputs of several sizes, but {why}; leave one of them out")
+    if data.data is None:
+        made = (
+            synthesize(signature, count=data.limit or SYNTHETIC, seed=data.seed, free=free) for free in sizes or (None,)
+        )
+        return list(made), ["timed on synthetic inputs"]
+    found = read_samples(
+        data.data, signature, limit=data.limit or REAL, seed=data.seed, image_size=data.image_size, scale=data.scale
+    )
+    return [found], []
+
+
+def _signature(model: Path) -> Signature:
+    candidate = candidate_for(model)
+    session = runtimes.open(candidate.runtime, candidate.model)
+    try:
+        return session.signature
+    finally:
+        session.close()
+
+
+def candidates(models: Sequence[Path], wanted: Sequence[str]) -> list[Timed]:
+    """Every model on every runtime named, or on the one that follows from the file."""
+    rows = []
+    for model in models:
+        for runtime in wanted or (None,):
+            candidate = candidate_for(model, runtime)
+            name = str(model) if not wanted else f"{model} on {runtime}"
+            rows.append(Timed(name, Path(candidate.model), candidate.runtime))
+    return rows
