@@ -56,7 +56,7 @@ def prepared(net: str, data: Path, size: int, room: Path) -> tuple[Any, Any, Any
     from deploykit.export import export
 
     model = build(net, size)
-    samples = samples_for(model, DataOptions(str(data), limit=10**9))
+    samples = samples_for(model, DataOptions(str(data)))
     return model, samples, Candidate("onnx", export(model, room / "net.onnx").path, "onnxruntime-cpu")
 
 

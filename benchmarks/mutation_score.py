@@ -3,7 +3,7 @@
     python benchmarks/mutation_score.py [--quick] [--subjects residual tokens] [--processes 2] [--seed 0]
                                         [--json PATH|-] [--check] [--out docs/mutation_score.md]
 
-Mutants are made from small real models (`mutants/subjects.py`), as Keras models and as ONNX files, in eleven families.
+Mutants are made from small real models (`mutants/subjects.py`), as Keras models and as ONNX files, in twelve families.
 Each goes through the product's own path, as `deploykit check` without data does it: synthetic inputs, float64
 reference, default policy (`mutants/product.py` is the only file that knows it). Of files that other people trained,
 where they are there, some kinds of each family are made.
