@@ -11,8 +11,8 @@ without data (synthetic inputs with edge cases, float64 reference, default polic
     one thread      the same file with one thread
     openvino        the same file on OpenVINO, where it is installed
 
-Nets of keras.applications are those of `coverage.py`: random weights, live calibrated statistics. Those of `HARD` come
-a second time, with fresh statistics: a deep net whose activations nothing normalises is ill-conditioned, and its own
+Nets of keras.applications are those of `coverage.py`, one of each family: random weights, live calibrated statistics.
+Those of `HARD` come a second time, with fresh statistics: a deep net whose activations nothing normalises is ill-conditioned, and its own
 float32 error is orders of magnitude larger. Files are those of `models/`, and of a folder that holds what other people
 trained, where it stands beside the checkout.
 
@@ -55,8 +55,16 @@ def files() -> dict[str, Path]:
     return {path.name: path for path in sorted(found) if path.suffix not in (".md", ".py", ".npz")}
 
 
+def families() -> list[str]:
+    """The first net of each family."""
+    first: dict[str, str] = {}
+    for name, net in NETS.items():
+        first.setdefault(net.family, name)
+    return list(first.values())
+
+
 def names() -> list[str]:
-    return [*NETS, *(f"{name}{FRESH}" for name in HARD), *files()]
+    return [*families(), *(f"{name}{FRESH}" for name in HARD), *files()]
 
 
 def model_for(name: str, size: int) -> Any:

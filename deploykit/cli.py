@@ -194,8 +194,8 @@ def _terminal(
             os.close(descriptor)
 
 
-def _finish(terminal: _Terminal, report: Report) -> None:
-    """Write the JSON where it was asked for and show the text."""
+def _finish(terminal: _Terminal, report: Report, *, shown: bool = True) -> None:
+    """Write the JSON where it was asked for and show the text; not where all there is to say is one line of error."""
     from deploykit.report import dumps, write_json
     from deploykit.report.text import render
 
@@ -206,7 +206,7 @@ def _finish(terminal: _Terminal, report: Report) -> None:
         terminal.out.flush()
     elif terminal.json_target is not None:
         write_json(record, terminal.json_target, force=True)  # claimed before the work began
-    if not terminal.quiet and terminal.json_target != "-":
+    if shown and not terminal.quiet and terminal.json_target != "-":
         render(record, terminal.console())
     if terminal.targets is not None:
         from deploykit.report.delivery import deliver
@@ -639,7 +639,7 @@ def check(
         if found.passed:
             _finish(terminal, report)
         elif found.error is not None:
-            _finish(terminal, report)
+            _finish(terminal, report, shown=False)
             raise found.error
         else:
             _fail_after_report(terminal, report, str(found.reason))

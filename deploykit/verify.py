@@ -147,7 +147,10 @@ class RefusedError(ValueError):
         super().__init__(_one_line(message))
 
 
-def _one_line(text: object, limit: int = 400) -> str:
+LINE = 400  # characters of a reason
+
+
+def _one_line(text: object, limit: int = LINE) -> str:
     line = " ".join(str(text).split())
     return line if len(line) <= limit else line[: limit - 3] + "..."
 
@@ -1060,6 +1063,7 @@ def _conclude_values(found: OutputComparison, tally: _Tally, policy: Law) -> Out
             for part in (tally.channels.sample, tally.channels.position, tally.channels.c, tally.channels.r)
         )
         sample, index = int(sample), (*_unravelled(int(position), tally.shape[:-1]), channel)
+    place = f" (worst: sample {sample} {list(index)}: candidate {worst_c:.9g}, reference {worst_r:.9g})"
     total, signal = norm(columns["error_l2"]), norm(columns["size_l2"])
     exact = not drift and not columns["error_max"].any()
     spread, insensitive = _spread(tally.moments)
@@ -1070,12 +1074,7 @@ def _conclude_values(found: OutputComparison, tally: _Tally, policy: Law) -> Out
     return dataclasses.replace(
         found,
         passed=not failures,
-        reason=_one_line(
-            "; ".join(failures) + f" (worst: sample {sample} {list(index)}: candidate {worst_c:.9g}, "
-            f"reference {worst_r:.9g})"
-        )
-        if failures
-        else None,
+        reason=_one_line("; ".join(failures), LINE - len(place)) + place if failures else None,
         yardstick=rows.yardstick,
         exact=exact,
         snr_db=None if drift else decibels(signal, total),

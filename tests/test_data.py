@@ -322,7 +322,8 @@ def read(shape, **options):
     return read_samples("fashion_mnist", Signature((spec,), ()), **options)
 images = read((28, 28, 1), limit=500)
 assert images.arrays["x"].shape == (500, 28, 28, 1) and images.arrays["x"].max() == 1.0, images.source
-assert images.source == "fashion_mnist (test half, pixels / 255, as the model states no range)", images.source
+words = "fashion_mnist (test half, pixels / 255, as the model states no range, 500 of 10,000 samples)"
+assert images.source == words, images.source
 assert len(np.unique(images.labels)) == 10 and images.labels.shape == (500,)
 assert read((28, 28), scale=1.0, limit=9).arrays["x"].max() > 200
 assert read((1, 28, 28), high=255.0, limit=9).arrays["x"].max() > 200

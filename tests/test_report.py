@@ -13,7 +13,7 @@ from deploykit.report import Report, dumps, strict, write_json
 from deploykit.report.html import page
 from deploykit.report.markdown import against, model_card
 from deploykit.report.text import RENDERERS, render
-from deploykit.report.wording import count, decibels, milliseconds, ratio, size, small
+from deploykit.report.wording import count, milliseconds, ratio, size, small, snr
 
 
 def decision(layer, outcome="fused", **more):
@@ -151,7 +151,8 @@ def test_every_verb_has_a_renderer():
         (size(999), "999 B"), (size(283_000), "283 kB"), (size(1_230_000), "1.2 MB"), (size(2.5e9), "2.50 GB"),
         (size(None), "?"), (milliseconds(0.1234), "0.123 ms"), (milliseconds(12.34), "12.3 ms"),
         (milliseconds(None), "-"), (ratio(1.5), "1.50x"), (ratio(12.34), "12.3x"), (ratio(None), "-"),
-        (decibels(None), "exact"), (small(None), "-"), (count(1, "sample"), "1 sample"), (count(2, "day"), "2 days"),
+        (snr({"snr_db": None, "max_abs": 0.0}), "exact"), (snr({"snr_db": None, "max_abs": 3.0}), "-"),
+        (small(None), "-"), (count(1, "sample"), "1 sample"), (count(2, "day"), "2 days"),
     ],
 )  # fmt: skip
 def test_wording(shown, expected):

@@ -18,12 +18,12 @@ from deploykit.check import Candidate, check, make_reference
 from deploykit.check import body as check_body
 from deploykit.compare import policy_from
 from deploykit.data import Samples, synthesize
-from deploykit.deploy import verdict
 from deploykit.errors import DeploykitError, LoadError, UnsafeModelError, UnsupportedModelError
 from deploykit.export import export
 from deploykit.fuse import fuse
 from deploykit.graph import signature
 from deploykit.load import load, savedgraph
+from deploykit.report.evidence import verdict
 
 SPEC = tf.TensorSpec((None, 3), tf.float32, name="x")
 

@@ -94,7 +94,7 @@ def open_samples(
     notes = [
         *source.done,
         *(note for part, _ in parts for note in part.notes),
-        _cut(request, len(numbers), sum(counts)),
+        f"{len(numbers):,} of {sum(counts):,} samples" if len(numbers) < sum(counts) else "",
     ]
     done = ", ".join(dict.fromkeys(filter(None, notes)))
     words = f"{where} ({done})" if done else where
@@ -144,13 +144,6 @@ def _reader(where: str) -> Callable[[Request], Source]:
         f"there is no file, folder or Keras data set {where!r}; data sets: {', '.join(KERAS_SETS)}; "
         "a Python function is module:function"
     )
-
-
-def _cut(request: Request, used: int, count: int) -> str:
-    """What a limit left out, in words."""
-    if used < count:
-        return f"{used:,} of {count:,} samples"
-    return f"the first {used:,} samples" if used == request.limit and is_program(request.where) else ""
 
 
 Columns = Mapping[str, Fitted]

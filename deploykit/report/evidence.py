@@ -53,8 +53,8 @@ def doubt(output: Json) -> str | None:
     """Why agreement on an output is no evidence, or None."""
     if output.get("insensitive"):
         return "hardly varies between the samples, so agreement is no evidence; give --data on which it does"
-    samples = output.get("samples", 0)
-    judged = samples - output.get("excluded", 0)
+    samples = output.get("samples") or 0
+    judged = samples - (output.get("excluded") or 0)
     if judged < LEAST_JUDGED * samples:
         return (
             f"only {judged} of {samples} samples could be judged: in the others the original itself overflows;"

@@ -163,7 +163,7 @@ def _check_rows(check: Json) -> list[tuple[str, RenderableType]]:
             reasons.insert(0, comparison["reason"])
         content: list[RenderableType] = [Text.assemble(verdict, what), table]
         content += [Text(reason, style="red") for reason in reasons[:4]]
-        left_out = max((output.get("excluded", 0) for output in comparison["outputs"]), default=0)
+        left_out = max((output.get("excluded") or 0 for output in comparison["outputs"]), default=0)
         if left_out:
             content.append(Text(f"{comparison['samples'] - left_out} of them judged", style="yellow"))
         rows.append(("check" if index == 0 else "", Group(*content)))
