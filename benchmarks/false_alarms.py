@@ -1,6 +1,6 @@
 """Right candidates that `deploykit check` must pass: every family of keras.applications and every trained file.
 
-    python benchmarks/false_alarms.py [--size 96] [--only NAME ...] [--check] [--out docs/false_alarms.md]
+    python benchmarks/false_alarms.py [--size 96] [--only NAME ...] [--store PATH] [--check] [--out docs/false_alarms.md]
 
 Each model is deployed in five ways that compute the same function, and each is judged as `deploykit check` judges
 without data (synthetic inputs with edge cases, float64 reference, default policy):
@@ -12,14 +12,15 @@ without data (synthetic inputs with edge cases, float64 reference, default polic
     openvino        the same file on OpenVINO, where it is installed
 
 Nets of keras.applications are those of `coverage.py`, one of each family: random weights, live calibrated statistics.
-Those of `HARD` come a second time, with fresh statistics: a deep net whose activations nothing normalises is ill-conditioned, and its own
-float32 error is orders of magnitude larger. Files are those of `models/`, and of a folder that holds what other people
+Those of `HARD` come a second time, with fresh statistics: a deep net whose activations nothing normalises is
+ill-conditioned, or its output hardly varies. Files are those of `models/`, and of a folder that holds what other people
 trained, where it stands beside the checkout.
 
 *own* is the original's float32 error (relative L2, the largest over outputs); a cell is the candidate's error in units
 of it. Every model runs in a process of its own. Exit code 1 when a candidate fails or a model cannot be judged; a
-runtime that cannot run a model (said in the table) is no alarm. With ``--only`` the table is printed and not written;
-``--check`` writes nothing and exits 1 where a model is missing from the document.
+runtime that cannot run a model (said in the table) is no alarm. ``--store`` keeps every model's row as soon as it is
+there, and takes up from those that are; the document is written when all are. With ``--only`` the table is printed and
+not written; ``--check`` writes nothing and exits 1 where a model is missing from the document.
 """
 
 from __future__ import annotations
@@ -198,6 +199,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", nargs="+", choices=names(), metavar="NAME", help="these models; writes no document")
     parser.add_argument("--size", type=int, default=96, help="pixels of the nets; raised to what a net needs")
+    parser.add_argument("--store", type=Path, help="a JSON file to keep rows in, and to take up from")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where the document lacks a model")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "false_alarms.md")
     parser.add_argument("--one", choices=names(), help=argparse.SUPPRESS)
@@ -205,9 +207,13 @@ def main() -> int:
     if options.one:
         print(json.dumps(measure(options.one, options.size), allow_nan=False))
         return 0
+    kept = json.loads(options.store.read_text()) if options.store and options.store.exists() else {}
     rows = []
     for name in options.only or names():
-        rows.append(fresh(name, options.size))
+        rows.append(kept.get(name) or fresh(name, options.size))
+        if options.store and "error" not in rows[-1]:
+            kept[name] = rows[-1]
+            options.store.write_text(json.dumps(kept, indent=1), encoding="utf-8")
         print(f"{name}: {rows[-1].get('error') or '{:.0f} s'.format(rows[-1]['seconds'])}", file=sys.stderr, flush=True)
     text = document(rows, options.size)
     print(text, end="")
