@@ -1,6 +1,6 @@
 """Right candidates that `deploykit check` must pass: every family of keras.applications and every trained file.
 
-    python benchmarks/false_alarms.py [--size 96] [--only NAME ...] [--store PATH] [--check] [--out docs/false_alarms.md]
+    python benchmarks/false_alarms.py [--size 96] [--only NAME ...] [--store PATH] [--check] [--out PATH]
 
 Each model is deployed in five ways that compute the same function, and each is judged as `deploykit check` judges
 without data (synthetic inputs with edge cases, float64 reference, default policy):
