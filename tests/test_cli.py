@@ -315,13 +315,20 @@ def test_a_disk_that_fills_leaves_nothing(tmp_path, verb):
     assert files(tmp_path) == set()
 
 
+def heeds_ctrl_c() -> None:
+    """A shell starts what it runs in the background with SIGINT ignored, and all its children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("after_s", [2.0, 6.0, 12.0])
 def test_ctrl_c_leaves_nothing(tmp_path, after_s):
     target = tmp_path / "bundle"
     command = [*COMMAND, "deploy", str(CNN), "-o", str(target), "--seconds", "30"]
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    job = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=heeds_ctrl_c
+    )
     time.sleep(after_s)
     job.send_signal(signal.SIGINT)
     _, err = job.communicate(timeout=60)
