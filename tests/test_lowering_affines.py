@@ -278,6 +278,94 @@ def test_what_finds_no_neighbour_becomes_as_few_nodes_as_there_can_be(name):
     agree(proto, made, rtol=1e-14 if name == "float64" else 1e-6)
 
 
+NHWC, TO_NCHW = (2, 6, 5, 3), {"perm": [0, 3, 1, 2]}
+THREE = {"s": vector(3, rank=1), "t": vector(3, rank=1), "u": 0.5}
+
+# name -> graph, operations afterwards
+MOVED: dict[str, tuple[onnx.ModelProto, list[str]]] = {
+    "an add": (
+        build(("Add", "x t", "a"), ("Transpose", "a", "y", TO_NCHW), shape=NHWC, constants=THREE),
+        ["Transpose", "BatchNormalization"],
+    ),
+    "scale and shift": (
+        build(("Mul", "x s", "m"), ("Add", "t m", "a"), ("Transpose", "a", "y", TO_NCHW), shape=NHWC, constants=THREE),
+        ["Transpose", "BatchNormalization"],
+    ),
+    "a difference from a constant": (
+        build(("Sub", "t x", "a"), ("Transpose", "a", "y", TO_NCHW), shape=NHWC, constants=THREE),
+        ["Transpose", "BatchNormalization"],
+    ),
+    "a factor of everything in front": (
+        build(("Mul", "x u", "m"), ("Add", "m t", "a"), ("Transpose", "a", "y", TO_NCHW), shape=NHWC, constants=THREE),
+        ["Transpose", "BatchNormalization"],
+    ),
+    "a constant of all axes": (
+        build(
+            ("Add", "x t", "a"),
+            ("Transpose", "a", "y", TO_NCHW),
+            shape=NHWC,
+            constants={"t": THREE["t"].reshape(1, 1, 1, 3)},
+        ),
+        ["Transpose", "BatchNormalization"],
+    ),
+    "axes in reverse": (
+        build(("Mul", "x s", "m"), ("Transpose", "m", "y"), shape=NHWC, constants=THREE),
+        ["Transpose", "Mul"],
+    ),
+    "into the weights behind": (
+        build(
+            ("Mul", "x s", "m"),
+            ("Transpose", "m", "t", TO_NCHW),
+            ("Conv", "t w", "y"),
+            shape=NHWC,
+            constants={"s": THREE["s"], "w": weights(4, 3, 1, 1)},
+        ),
+        ["Transpose", "Conv"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_arithmetic_on_the_innermost_axis_goes_behind_the_transpose(name):
+    proto, expected = MOVED[name]
+    made, count = lowered(proto)
+    assert ops(made) == expected
+    assert count > 0
+    assert {node.op_type: node.name.split("/")[1] for node in made.graph.node}["Transpose"] == "Transpose"
+    agree(proto, made, rtol=1e-6)
+
+
+# name -> graph whose arithmetic stays in front of the Transpose
+IN_FRONT: dict[str, onnx.ModelProto] = {
+    "others read the sum": build(
+        ("Add", "x t", "a"),
+        ("Transpose", "a", "y", TO_NCHW),
+        ("Relu", "a", "z"),
+        outputs=("y", "z"),
+        shape=NHWC,
+        constants=THREE,
+    ),
+    "the sum is an output": build(
+        ("Add", "x t", "a"), ("Transpose", "a", "y", TO_NCHW), outputs=("y", "a"), shape=NHWC, constants=THREE
+    ),
+    "the innermost axis stays": build(
+        ("Add", "x t", "a"), ("Transpose", "a", "y", {"perm": [0, 2, 1, 3]}), shape=NHWC, constants=THREE
+    ),
+    "of another axis": build(
+        ("Mul", "x s", "a"),
+        ("Transpose", "a", "y", {"perm": [0, 2, 3, 1]}),
+        shape=(2, 3, 6, 5),
+        constants={"s": vector(3)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", IN_FRONT)
+def test_arithmetic_stays_in_front_of_a_transpose(name):
+    made, count = lowered(IN_FRONT[name])
+    assert (ops(made), count) == (ops(IN_FRONT[name]), 0)
+
+
 def test_a_merged_affine_between_convolutions_stays_in_the_blocked_layout(tmp_path):
     proto = build(
         ("Conv", "x w", "a"),

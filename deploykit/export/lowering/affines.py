@@ -6,6 +6,10 @@ operations that multiply by constant weights it commutes in two ways:
     after      s (W x + b) + t = (s W) x + (s b + t)        Conv, ConvTranspose, Gemm; MatMul, with the t kept behind
     before     W (s x + t) + b = (W s) x + (W t + b)        Conv, Gemm; where t is not 0, no padding may see it
 
+In front of the Transpose of an image its channels are the innermost axis, and a kernel that broadcasts three numbers
+over it makes a step for every pixel. ``T(s x + t) = s T(x) + t`` with s and t along the axis where T puts them: the
+arithmetic goes behind a Transpose that takes its axis away from the innermost place.
+
 What stays becomes ``BatchNormalization(x; s, t, mean=0, variance=1, epsilon=0)`` where it shifts along axis 1. That is
 the operation that every runtime knows in this place. ONNX Runtime turns it into a depthwise 1x1 Conv of its blocked
 layout exactly where its input already is in that layout, and the ReLU behind it into a part of that Conv; an Add of
@@ -99,8 +103,8 @@ class _Chain:
 
 
 def apply(model: ir.Model) -> int:
-    """Fold or merge every chain; returns how many were rewritten."""
-    count = 0
+    """Move, fold or merge every chain; returns how many were rewritten."""
+    count = sum(_move_behind(node) for node in list(model.graph) if is_op(node, "Transpose"))
     for node in list(model.graph):
         if node.graph is not None and (chain := _chain(node)) is not None:
             count += any(rewriting(chain) for rewriting in (_fold_after, _fold_before, _merge))
@@ -154,6 +158,37 @@ def _chain(node: ir.Node) -> _Chain | None:
             break
         chain = longer
     return chain
+
+
+# ----------------------------------------------------------------------------------------------------- moving
+
+
+def _move_behind(transpose: ir.Node) -> bool:
+    """Let a Transpose come before the arithmetic on the innermost axis that it reads, step by step."""
+    moved = False
+    while (made := transpose.inputs[0]) is not None and reader(made) is transpose:
+        step = _step(made.producer())
+        rank = len(made.shape or ())
+        perm = attribute(transpose, "perm", tuple(range(rank))[::-1])
+        if step is None or step.axis not in (None, rank - 1) or perm[-1] == rank - 1:
+            break
+        transpose, moved = _exchange(step, transpose, perm), True
+    return moved
+
+
+def _exchange(step: _Step, transpose: ir.Node, perm: tuple[int, ...]) -> ir.Node:
+    """Exchange what two nodes do and how they are called; returns the node that transposes now."""
+    first, data = step.node, step.data
+    assert data.shape is not None  # or there were no step
+    kind, name, place = first.op_type, first.name, list(first.inputs).index(data)
+    content = constant(first.inputs[1 - place])
+    assert content is not None
+    turned = content.reshape((1,) * (len(perm) - content.ndim) + content.shape).transpose(perm)
+    become(first, "Transpose", [data], {"perm": list(perm)}, name=transpose.name)
+    first.outputs[0].shape = ir.Shape([data.shape[axis] for axis in perm])
+    inputs = [first.outputs[0], new_constant(transpose, "B", turned)]
+    become(transpose, kind, inputs if place == 0 else inputs[::-1], name=name)
+    return first
 
 
 # ---------------------------------------------------------------------------------------------------- folding
