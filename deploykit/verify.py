@@ -39,9 +39,11 @@ multiple of o − r. With N(s) = norm of (o − r) of sample s, R(s) = norm of r
   the price alone. A channel is an index k of the last axis; n(k) is the rms of o − r in it, T(k) the larger of its rms
   and min(1, rms of the output), p the 90th percentile of n/T. The 1 is there because runtimes compute sigmoid and
   softmax to an absolute accuracy of some eps: a rare class beside likely ones has no relative one. So what is smaller
-  than its output *and* than 1 is held to the larger of both. It takes eight values in each channel, an original (a
-  bundle that carries none of its errors by channel is not held to it), and 2⁻¹²⁶ is added for runtimes that make zeros
-  of denormal numbers.
+  than its output *and* than 1 is held to the larger of both. A class that is likely in one sample of many has one
+  draw, however many samples there are, and of a thousand such classes o is lucky in some. ‖r_k‖²/max|r_k|² counts the
+  draws of a channel; where they are fewer than eight, n(k) is at least rms(r_k)·‖o−r‖/‖r‖, what the whole output shows.
+  The law takes eight values in each channel and an original (a bundle that carries none of its errors by channel is not
+  held to it), and 2⁻¹²⁶ is added for runtimes that make zeros of denormal numbers.
 * The factors grow with the number of things that must hold together (1, samples, channels, elements): the largest of
   many draws exceeds the typical one. Top-1 takes the whole law's factor, because an answer that two errors of that size
   cannot turn was turned by something else.
@@ -190,11 +192,16 @@ class Policy:
         """The margin of a largest class, in the reference, that rounding may turn; in the maximum norm."""
         return 2 * (self.factor_top1 * scale.own(own, size) + self.floor_max * scale.size(size))
 
-    def allowed_channel(self, own: Floats, size: Floats) -> Floats:
-        """The RMS error that each channel may have; of all channels of an output, both in RMS."""
+    def allowed_channel(self, own: Floats, size: Floats, draws: Floats) -> Floats:
+        """The RMS error that each channel may have; of all channels of an output, both in RMS.
+
+        ``draws``: how many values of its size a channel has; of few, the output as a whole is the yardstick.
+        """
         least = min(1.0, norm(size) / math.sqrt(len(size)))
         scale = Scale(least, quantile(ratios(own, np.maximum(size, least)), POOLED))
-        return self.factor_element * scale.own(own, size) + self.floor_l2 * scale.size(size) + FLUSHED
+        share = norm(own) / (norm(size) or math.inf)
+        own = np.maximum(scale.own(own, size), np.where(draws < FEW, share * size, 0.0))
+        return self.factor_element * own + self.floor_l2 * scale.size(size) + FLUSHED
 
     def allowed_flips(self, own: float, count: float) -> float:
         """How many of so many whole numbers may differ, where the original has ``own`` others."""
@@ -750,13 +757,14 @@ class _Tally:
 class _Channels:
     """Of each index of the last axis: L2 norms over samples and positions, and the element of the largest error.
 
-    ``values``: how many elements each has.
+    ``values``: how many elements each has. ``largest``: of the reference.
     """
 
     values: int
     error: Floats
     own: Floats
     size: Floats
+    largest: Floats
     peak: Floats
     sample: NDArray[np.int64]
     position: NDArray[np.int64]
@@ -767,7 +775,7 @@ class _Channels:
     def of(cls, r: Floats, c: Floats, error: Floats, size: Floats, judged: NDArray[np.bool_], own: Floats) -> _Channels:
         """From rows of samples; errors and sizes are 0 where nothing is compared."""
         count = len(own)
-        errors = _by_channel(error, count)
+        errors, sizes = _by_channel(error, count), _by_channel(size, count)
         rows = errors.argmax(axis=0)
         here = np.arange(count)
         positions = r.shape[1] // count
@@ -775,7 +783,8 @@ class _Channels:
             int(judged.sum()) * positions,
             norms(errors.T),
             own,
-            norms(_by_channel(size, count).T),
+            norms(sizes.T),
+            sizes.max(axis=0, initial=0.0),
             errors[rows, here],
             rows // positions,
             rows % positions,
@@ -791,6 +800,7 @@ class _Channels:
             return np.where(later, getattr(other, name) + shift, getattr(self, name))
 
         sums = {name: np.hypot(getattr(self, name), getattr(other, name)) for name in ("error", "own", "size")}
+        sums["largest"] = np.maximum(self.largest, other.largest)
         places = {name: chosen(name) for name in ("peak", "position", "c", "r")}
         return _Channels(values=self.values + other.values, sample=chosen("sample", before), **sums, **places)
 
@@ -799,7 +809,7 @@ class _Channels:
         if len(self.own) < 2 or self.values < FEW:
             return None
         error, own, size = (norm / math.sqrt(self.values) for norm in (self.error, self.own, self.size))
-        allowed = policy.allowed_channel(own, size)
+        allowed = policy.allowed_channel(own, size, ratios(self.size, self.largest) ** 2)
         bad = ~(error <= allowed)
         if not bad.any():
             return None

@@ -266,6 +266,30 @@ def test_channels_that_the_original_hit_by_luck_are_measured_by_the_others():
     assert compare("y", r, own, other, F32).passed
 
 
+def probabilities(seed, classes=1000, samples=64):
+    """Probabilities of many classes, each likely in few samples, and float32 answers whose logits err by 1e-5."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, 14, (samples, classes))
+
+    def softmax(z):
+        e = np.exp(z - z.max(axis=1, keepdims=True))
+        return e / e.sum(axis=1, keepdims=True)
+
+    return softmax(logits), *(softmax(logits + 1e-5 * rng.standard_normal(logits.shape)) for _ in range(2))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_class_that_is_likely_in_one_sample_is_measured_by_the_whole_output(seed):
+    assert compare("y", *probabilities(seed), F32).passed
+
+
+def test_a_wrong_class_that_is_likely_in_one_sample_is_found():
+    r, o, c = probabilities(0)
+    k = np.abs(r.max(axis=0) - 0.02).argmin()  # so small beside the others that no other law sees it
+    found = compare("y", r, o, np.where(np.arange(1000) == k, c * (1 + 4e-4), c), F32)
+    assert found.reason.startswith(f"channel {k} (1 of 1000 fail)")
+
+
 def test_an_original_far_from_the_reference_is_no_yardstick():
     r, _ = answers()
     found = compare("y", r, (r * 1.1).astype(np.float32), (r * 1.05).astype(np.float32), F32)
