@@ -21,7 +21,7 @@ from typing import Any
 
 import deploykit
 from deploykit import bundle as bundles
-from deploykit import verify
+from deploykit import recommendation, verify
 from deploykit.archive import write_keras
 from deploykit.bench import PROCESSES, BenchReport, bench
 from deploykit.bench import Candidate as Timed
@@ -363,7 +363,9 @@ def deploy(
         if made.refused is not None:
             report = _report(loaded, made, {}, {"bundle": None}, clock, ())
             raise failed(f"{loaded.path}: {made.refused}; nothing was written", report)
-        timed = _timed(loaded, made, room, samples, opset)
+        trials = recommendation.tried(made.exported.path, made.reference, policy or policy_from())
+        clock.lap("check")
+        timed = _timed(loaded, made, room, samples, opset, trials)
         clock.lap("export")
         progress("measuring latency")
         measured = bench(
@@ -377,9 +379,10 @@ def deploy(
             focus=OURS,
         )
         clock.lap("bench")
-        made, measured = _faster(made, measured)
+        shipped, measured = _faster(made, measured)
+        best = recommendation.recommended(measured, OURS, trials if shipped is made else ())
         with whole_folder(out, mark=verify.MANIFEST, force=force) as folder:
-            return _fill(folder, out, loaded, made, measured.to_json(), clock, class_names)
+            return _fill(folder, out, loaded, shipped, measured.to_json(), best, clock, class_names)
 
 
 def failed(message: str, report: Report) -> ProofError:
@@ -412,7 +415,14 @@ def with_batch(reference: Reference, batch: int | None) -> Reference:
     )
 
 
-def _timed(loaded: Loaded, made: Checked, room: Path, samples: Samples | Stream, opset: int) -> list[Timed]:
+def _timed(
+    loaded: Loaded,
+    made: Checked,
+    room: Path,
+    samples: Samples | Stream,
+    opset: int,
+    trials: Sequence[recommendation.Trial],
+) -> list[Timed]:
     """What is timed side by side: what the user runs today, and ours last. Written into ``room``."""
     rows = []
     if made.fused is None:
@@ -428,6 +438,7 @@ def _timed(loaded: Loaded, made: Checked, room: Path, samples: Samples | Stream,
         made.notices.append(f"no stock export to compare with: {error}")
     if made.spare is not None:
         rows.append(Timed(PLAIN, made.spare.path, "onnxruntime-cpu"))
+    rows += [trial.timed(made.exported.path) for trial in trials if trial.reason is None]
     return [*rows, Timed(OURS, made.exported.path, "onnxruntime-cpu")]
 
 
@@ -481,6 +492,7 @@ def _fill(
     loaded: Loaded,
     made: Checked,
     bench_body: Mapping[str, Any],
+    best: Mapping[str, Any],
     clock: Clock,
     class_names: Sequence[str] | None,
 ) -> Report:
@@ -499,6 +511,7 @@ def _fill(
         "signature": signature_json(reference.signature),
         "files": [{"name": file.name, "bytes": file.stat().st_size} for file in models],
         "oldest_onnxruntime": bundles.OLDEST_RUNTIME.get(exported.opset),
+        "recommended": dict(best),
     }
     written = [str(out / name) for name in (*names, *(entry["folder"] for entry in golden))]
     report = _report(loaded, made, bench_body, more, clock, written)
@@ -522,6 +535,7 @@ def _fill(
         "decisions": record["fuse"]["decisions"],
         "opset": exported.opset,
         "oldest_onnxruntime": more["oldest_onnxruntime"],
+        "recommended": best["runtime"],
         "versions": record["environment"].get("packages"),
     }
     bundles.seal(folder, manifest)

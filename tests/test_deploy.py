@@ -75,7 +75,7 @@ def test_the_report_keeps_its_contract(bundle):
     assert strict(report) == report
     names = [candidate["name"] for candidate in report["bench"]["candidates"]]
     keras = ["Keras (tf.function)", "fused Keras (tf.function)"]
-    assert names == [*keras, "stock export", "deploykit, not lowered", "deploykit"]
+    assert names == [*keras, "stock export", "deploykit, not lowered", "deploykit, on OpenVINO", "deploykit"]
     assert not any(candidate["failed"] for candidate in report["bench"]["candidates"])
     assert {candidate["processes"] for candidate in report["bench"]["candidates"]} == {1}  # as the fixture asked
     pairs = [{c["a"], c["b"]} for c in report["bench"]["comparisons"]]
@@ -83,6 +83,18 @@ def test_the_report_keeps_its_contract(bundle):
     assert {"stock export", "deploykit"} in pairs
     accuracies = {report["check"]["reference_accuracy"], *(c["accuracy"] for c in report["check"]["comparisons"])}
     assert len(accuracies) == 1
+
+
+def test_the_runtimes_that_passed_are_timed_and_one_is_recommended(bundle):
+    folder, report = bundle
+    (other,) = report["recommended"]["others"]
+    assert (other["runtime"], other["passed"]) == ("openvino", True)
+    assert "deploykit, on OpenVINO" in {row["name"] for row in report["bench"]["candidates"]}
+    best = report["recommended"]["runtime"]
+    assert best == ("openvino" if other["verdict"] == "faster" else "onnxruntime-cpu")
+    assert json.loads((folder / "deploykit.json").read_text())["recommended"] == best
+    for card in ("README.md", "report.html"):
+        assert "astest runtime" in (folder / card).read_text()
 
 
 def test_everything_the_report_lists_was_written(bundle):

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "deploykit"
 # Highest first; modules of one row may import each other.
 ORDER = [
     {"cli", "pytest_plugin"},
-    {"ci", "deploy", "diagnosis", "drawing", "equivalence", "inspection", "latency", "migrate"},
+    {"ci", "deploy", "diagnosis", "drawing", "equivalence", "inspection", "latency", "migrate", "recommendation"},
     {"check", "bench", "bundle", "bisect", "worst_case", "gradients", "gates", "profiling"},
     {"fuse", "export", "load", "runtimes", "archive", "health"},
     {"graph", "channels", "opaque"},

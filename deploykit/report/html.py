@@ -331,6 +331,8 @@ def _deployed(report: Json) -> list[tuple[str, str, str]]:
                 f"{ratio(value if verdict == 'slower' else 1 / value)} {'faster' if verdict == 'slower' else 'slower'}"
             )
             figures.append(("Latency", told, f"than {first['name']}"))
+    if (report.get("recommended") or {}).get("others"):
+        figures.append(("Fastest runtime", report["recommended"]["runtime"], "of those that passed"))
     return figures
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from deploykit.report.wording import milliseconds, origin, ratio, size, small, snr
+from deploykit.report.wording import fastest, milliseconds, origin, ratio, size, small, snr
 
 Json = Mapping[str, Any]
 
@@ -97,6 +97,7 @@ def model_card(report: Json) -> str:
     fuse, check, bench, source = report["fuse"], report["check"], report["bench"], report["source"]
     first = report["signature"]["inputs"][0]
     kept = [d for d in fuse["decisions"] if d["outcome"] != "fused"]
+    best = fastest(report["recommended"])
     name = source["path"].replace("\\", "/").rsplit("/", 1)[-1]
     example = ", ".join(str(s or 1) for s in first["shape"])
     lines = [
@@ -151,6 +152,7 @@ def model_card(report: Json) -> str:
         "",
         *_speed(bench),
         "",
+        *([f"Fastest runtime that passed the check: {best}.", ""] if best else []),
         f"`model.onnx` is {size(report['files'][0]['bytes'])}.",
     ]
     return "\n".join(lines) + "\n"

@@ -18,7 +18,7 @@ from rich.text import Text
 from deploykit.report import evidence, profile_text
 from deploykit.report.ci_text import ci
 from deploykit.report.markdown import against, fused_in_short, setting
-from deploykit.report.wording import count, milliseconds, origin, ratio, size, small, snr
+from deploykit.report.wording import count, fastest, milliseconds, origin, ratio, size, small, snr
 
 Json = Mapping[str, Any]
 ROWS = 20  # a table of decisions folds into counts beyond this
@@ -309,8 +309,11 @@ def deploy(report: Json, console: Console) -> None:
     rows.append(("", escape(f"on {report['check']['data']}; reference in {report['check']['reference']['precision']}")))
     rows += _unproven(report)
     rows.append(("time", _bench_table(report["bench"])))
-    threads = report["bench"]["candidates"][0]["threads"]
-    rows.append(("", escape(f"on {report['environment'].get('cpu', '?')}, {count(threads, 'thread')}, batch 1")))
+    timed = report["bench"]["candidates"][0]
+    how = f"{count(timed['threads'], 'thread')}, batch {timed['batch']}"
+    rows.append(("", escape(f"on {report['environment'].get('cpu', '?')}, {how}")))
+    if (best := fastest(report["recommended"])) is not None:
+        rows.append(("runtime", escape(best)))
     files = ", ".join(f"{f['name']} {size(f['bytes'])}" for f in report["files"])
     rows.append(("bundle", escape(f"{report['bundle']}: {files}; verify.py, golden data, report.html, README.md")))
     rows.append(("", escape(f"prove it on the target: python {report['bundle']}/verify.py")))

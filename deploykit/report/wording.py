@@ -48,3 +48,18 @@ def origin(file: Mapping[str, Any]) -> str:
 
 def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def fastest(recommended: Mapping[str, Any]) -> str | None:
+    """Which runtime a bundle's file is fastest on, and what was found for the others; None where none was tried."""
+    if not recommended["others"]:
+        return None
+    told = []
+    for row in recommended["others"]:
+        if row["ratio"] is None:
+            told.append(
+                f"{row['runtime']} {'could not be timed' if row['passed'] else 'did not pass'}: {row['reason']}"
+            )
+        else:
+            told.append(f"{row['runtime']} takes {ratio(row['ratio'])} the time of onnxruntime-cpu, {row['verdict']}")
+    return f"{recommended['runtime']} ({'; '.join(told)})"
