@@ -312,7 +312,8 @@ def prove(wanted: list[Variant], provider: str) -> list[dict[str, Any]]:
                 if not rows:
                     row["verify"] = lane.ask("plain")
                 row.update(lane.ask("prove"), failed=None)
-                row["passed"] = row["passed"] and row.get("verify", row)["passed"]
+                if row["passed"] and not row.get("verify", row)["passed"]:
+                    row.update(passed=False, reason=row["verify"]["reason"])
             except (FailedError, RefusedError) as error:
                 if not rows and isinstance(error, RefusedError):
                     raise

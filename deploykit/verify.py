@@ -1715,9 +1715,10 @@ class Session:
             raise RefusedError(f"onnxruntime {self.version} cannot load {bundle.model}{remedy}: {error}") from None
         self.nodes = self._nodes()
         if self.session.get_providers()[:1] != [self.provider] or (self.nodes and self.provider not in self.nodes):
+            needs = " (an NVIDIA GPU, its driver, pip install 'onnxruntime-gpu[cuda,cudnn]')"
             raise RefusedError(
-                f"{self.provider} was asked for, but the model would run on CPUExecutionProvider; "
-                "install what the provider needs, or choose another --provider"
+                f"{self.provider} was asked for, but the model would run on CPUExecutionProvider; install what the "
+                f"provider needs{needs if self.provider in DEVICES else ''}, or choose another --provider"
             )
         names = [value.name for value in self.session.get_inputs()]
         stated = [spec["name"] for spec in bundle.inputs]

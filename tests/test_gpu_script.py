@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_verify import write_bundle
+from test_verify import changed, write_bundle
 
 from deploykit.verify import import_onnxruntime
 
@@ -64,7 +64,7 @@ def alone(bundle, tmp_path_factory):
     done = subprocess.run(
         [sys.executable, script, bundle, "--provider", "cpu", "--batches", "3", "--rounds", "6", "--json", "out.json"],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(folder), "NVIDIA_TF32_OVERRIDE": "7"},
+        env={**os.environ, "PYTHONPATH": str(folder), "NVIDIA_TF32_OVERRIDE": "7", "PYTHONDONTWRITEBYTECODE": ""},
         capture_output=True,
         text=True,
         check=False,
@@ -171,6 +171,16 @@ def test_a_variant_that_cannot_run_is_a_row(main, gpu, bundle, monkeypatch):
     code, out, _ = main(bundle, "--provider", "cpu", "--rounds", "0")
     assert code == 0
     assert "| second | cannot run |  |  | absent holds no verify.py" in out
+
+
+def test_the_bundles_own_verdict_decides_too_and_what_its_code_prints_is_no_answer(gpu, bundle, tmp_path):
+    copy = shutil.copytree(bundle, tmp_path / "copy")
+    with (copy / "verify.py").open("a") as stream:
+        stream.write("os.write(1, b'chatter\\n')\n")
+        stream.write("verify_bundle = lambda *given: {'passed': False, 'proven': False, 'reason': 'by arrays'}\n")
+    changed(copy, lambda manifest: None)
+    (row,) = gpu.prove([gpu.Variant("first", str(copy), None)], "cpu")
+    assert (row["passed"], row["failed"], row["reason"], row["snr_db"] > 100) == (False, None, "by arrays", True)
 
 
 def test_a_process_that_dies_is_a_row_and_the_others_are_timed(gpu, bundle, tmp_path):
