@@ -37,8 +37,9 @@ flushes them to zero takes ``FLUSH_ROUNDS`` short rounds with the candidate's ow
 of them by more than ``LUCK``.
 
 Limits. ``load_ms`` and ``cold_start_ms`` (from the start of the process to its first answer, the imports included)
-find the files in the system's cache as they are. Runtimes run on the CPU: GPUs are hidden from the workers. Stopping
-needs Linux; elsewhere blocks start while another process may still spin.
+find the files in the system's cache as they are. Runtimes of the CPU run with GPUs hidden from them; what is timed of a
+GPU's is said in `deploykit.runtimes.worker`. Stopping needs Linux; elsewhere blocks start while another process may
+still spin.
 """
 
 from __future__ import annotations
@@ -102,6 +103,8 @@ FLUSH_ROUNDS = 3
 FLUSH_S = 0.01
 FLUSHING = "onnxruntime-cpu"  # the runtime that can flush denormals to zero
 
+TRANSFERS = ("to_device", "from_device")
+
 # How a runtime is called in a candidate's name: what is run is not always what people expect.
 TITLES = {"keras": "keras (tf.function)"}
 
@@ -148,7 +151,7 @@ class Timing:
     ``input_shapes`` include the batch, ``size`` does not. ``load_s`` and ``cold_start_s`` are medians over processes,
     ``peak_rss_bytes`` is the largest. ``megahertz``: what the processor ran at after each round, where the system
     tells. ``denormals``: how many times as fast it is when denormals are zero; None where that makes no difference
-    beyond luck, or was not tried.
+    beyond luck, or was not tried. ``beside_s``: of a GPU's runtime samples of what comes on top of a run, by name.
     """
 
     candidate: Candidate
@@ -164,6 +167,7 @@ class Timing:
     cold_start_s: float | None = None
     megahertz: tuple[float, ...] = ()
     denormals: float | None = None
+    beside_s: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     @property
     def size(self) -> str:
@@ -213,6 +217,11 @@ class Timing:
         slow, fast = np.percentile(self.megahertz, [10, 90])
         return float(slow), float(fast)
 
+    @property
+    def beside_ms(self) -> dict[str, float]:
+        """Medians of ``beside_s``; empty where inputs and outputs have no way to go."""
+        return {name: float(np.median(samples)) * 1e3 for name, samples in self.beside_s.items()}
+
     def to_json(self) -> dict[str, Any]:
         """A row of ``candidates`` in ``deploykit.bench/1``."""
         latency = self.latency
@@ -227,6 +236,8 @@ class Timing:
             "input_shapes": {name: list(shape) for name, shape in self.input_shapes.items()},
             "latency_ms": empty if latency is None else latency.to_json(),
             "throughput": None if latency is None else self.batch / latency.median * 1e3,
+            "transfers_ms": {name: self.beside_ms[name] for name in TRANSFERS} if self.beside_s else None,
+            "end_to_end_ms": self.beside_ms.get("end_to_end"),
             "cold_start_ms": None if self.cold_start_s is None else self.cold_start_s * 1e3,
             "load_ms": None if self.load_s is None else self.load_s * 1e3,
             "peak_rss_bytes": self.peak_rss_bytes,
@@ -581,6 +592,7 @@ class _Lane:
         self._megahertz: list[float] = []
         self._peak: int | None = None
         self._denormals: float | None = None
+        self._beside: dict[str, list[float]] = {}
         self._settled, self._median_s = True, BLOCK_S
 
     @property
@@ -590,7 +602,7 @@ class _Lane:
     def _started(self) -> Process:
         handle, log = tempfile.mkstemp(suffix=".log", dir=self._folder)
         with open(handle, "wb") as stream:
-            return Process(stream, Path(log))
+            return Process(stream, Path(log), gpu=RUNTIMES[self.candidate.runtime].gpu)
 
     def _load(self, **more: Any) -> dict[str, Any]:
         return {
@@ -625,6 +637,8 @@ class _Lane:
         if answer is not None:
             self._processes[-1].append(tuple(answer["samples_s"]))
             self.computed_s += answer["cpu_s"]
+            for name, samples in answer.get("beside_s", {}).items():
+                self._beside.setdefault(name, []).extend(samples)
             if answer["megahertz"] is not None:
                 self._megahertz.append(answer["megahertz"])
             self._grew(answer)
@@ -680,6 +694,7 @@ class _Lane:
             float(np.median(self._cold_s)) if self._cold_s and not self.failed else None,
             tuple(self._megahertz),
             self._denormals,
+            {} if self.failed else {name: tuple(samples) for name, samples in self._beside.items()},
         )
 
 

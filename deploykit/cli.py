@@ -692,7 +692,10 @@ def bench(
     models: Annotated[
         list[Path], typer.Argument(help="Keras or .onnx or .tflite files, or bundles; ratios are to the last.")
     ],
-    runtime: Annotated[list[str] | None, typer.Option("--runtime", help="Runtimes to use; default: by file.")] = None,
+    runtime: Annotated[
+        list[str] | None,
+        typer.Option("--runtime", help="Runtimes to use, such as onnxruntime-cuda; default: by file."),
+    ] = None,
     batch: Annotated[str, typer.Option("--batch", metavar="1,8", help="Batch sizes.")] = "1",
     threads: Annotated[
         str | None, typer.Option("--threads", metavar="1,2", help="Thread counts; default: cores.")

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from deploykit import gates, runtimes
-from deploykit.bench import BenchReport, bench
+from deploykit.bench import BenchReport, Timing, bench
 from deploykit.bench import Candidate as Timed
 from deploykit.check import candidate_for
 from deploykit.data import Samples, read_samples, synthesize
 from deploykit.deploy import REAL, SYNTHETIC, Clock, DataOptions, Progress, silent
 from deploykit.errors import InputError
 from deploykit.profiling import profile
+from deploykit.runtimes.process import require_gpu
 from deploykit.signature import Signature
 
 PROFILED = "onnxruntime-cpu"
@@ -83,6 +84,10 @@ def latency(
     chosen = candidates(paths, wanted)
     if profiled and not any(candidate.runtime == PROFILED for candidate in chosen):
         raise InputError(f"--profile sees into {PROFILED} alone; give an .onnx file or a bundle")
+    for runtime in dict.fromkeys(candidate.runtime for candidate in chosen):
+        if runtimes.known(runtime).gpu:
+            progress(f"looking for what {runtime} needs")
+            require_gpu(runtime)
     inputs, notices = given(models[0], data, settings.sizes)
     clock.lap("load")
     report = bench(
@@ -100,6 +105,7 @@ def latency(
     clock.lap("bench")
     body = report.to_json()
     notices += body.pop("notices")
+    notices += [_on_device(timing) for timing in report.timings if timing.beside_s]
     if profiled:
         progress("profiling")
         body["profiles"] = _profiles(chosen, inputs, settings)
@@ -109,6 +115,14 @@ def latency(
         body["gates"] = [each.to_json() for each in held]
     notices += [f"{each.candidate}: {each.reason}" for each in held if each.outcome == "undecided"]
     return Measured(body, tuple(notices), report, held)
+
+
+def _on_device(timing: Timing) -> str:
+    there, back, whole = (timing.beside_ms[name] for name in ("to_device", "from_device", "end_to_end"))
+    return (
+        f"{timing.candidate.name} at batch {timing.batch}: timed with inputs and outputs on the device; transfers take"
+        f" {there:.3g} ms to it and {back:.3g} ms from it, the whole from arrays to arrays {whole:.3g} ms"
+    )
 
 
 def _profiles(chosen: Sequence[Timed], inputs: Sequence[Samples], settings: Settings) -> list[dict[str, Any]]:

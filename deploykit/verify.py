@@ -1665,6 +1665,7 @@ PROVIDERS: dict[str, tuple[str, dict[str, str]]] = {
     "xnnpack": ("XnnpackExecutionProvider", {}),
 }
 VARIABLES = {"TensorrtExecutionProvider": ("NVIDIA_TF32_OVERRIDE", "0")}
+DEVICES = {"CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "cuda"}  # whose memory; others: the host's
 
 
 def import_onnxruntime() -> Any:
@@ -1680,9 +1681,18 @@ def import_onnxruntime() -> Any:
 
 
 class Session:
-    """The bundle's model in ONNX Runtime, on exactly the provider that was asked for."""
+    """The bundle's model in ONNX Runtime, on exactly the provider that was asked for.
 
-    def __init__(self, bundle: Bundle, provider: str | None, threads: int | None) -> None:
+    ``changes`` are options of the provider on top of those in `PROVIDERS`.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        provider: str | None,
+        threads: int | None,
+        changes: Mapping[str, str] | None = None,
+    ) -> None:
         try:
             onnxruntime = import_onnxruntime()
         except Exception as error:  # a broken native library raises more than ImportError
@@ -1691,8 +1701,12 @@ class Session:
             raise RefusedError(f"threads is {threads}; give a number from 1 on")
         self.bundle, self.threads, self.version = bundle, threads, str(onnxruntime.__version__)
         self.provider, self.options = _provider(provider, onnxruntime.get_available_providers())
+        self.options.update(changes or {})
         if self.provider in VARIABLES:
             os.environ.setdefault(*VARIABLES[self.provider])
+        if self.provider in DEVICES and hasattr(onnxruntime, "preload_dlls"):  # CUDA and cuDNN as pip installs them
+            with contextlib.suppress(Exception), contextlib.redirect_stdout(io.StringIO()):
+                onnxruntime.preload_dlls()
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")  # ignored by old versions
@@ -1711,9 +1725,10 @@ class Session:
             raise RefusedError(f"onnxruntime {self.version} cannot load {bundle.model}{remedy}: {error}") from None
         self.nodes = self._nodes()
         if self.session.get_providers()[:1] != [self.provider] or (self.nodes and self.provider not in self.nodes):
+            needs = " (an NVIDIA GPU, its driver, pip install 'onnxruntime-gpu[cuda,cudnn]')"
             raise RefusedError(
-                f"{self.provider} was asked for, but the model would run on CPUExecutionProvider; "
-                "install what the provider needs, or choose another --provider"
+                f"{self.provider} was asked for, but the model would run on CPUExecutionProvider; install what the "
+                f"provider needs{needs if self.provider in DEVICES else ''}, or choose another --provider"
             )
         names = [value.name for value in self.session.get_inputs()]
         stated = [spec["name"] for spec in bundle.inputs]
@@ -1743,6 +1758,10 @@ class Session:
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         return dict(_pairs(self.outputs, [np.asarray(value) for value in self.session.run(None, dict(inputs))]))
 
+    def bound(self, inputs: Mapping[str, Array]) -> Bound:
+        """The same model with inputs and outputs in memory of its device."""
+        return Bound(self.session, DEVICES.get(self.provider, "cpu"), inputs)
+
     def environment(self) -> dict[str, Any]:
         return {
             "python": platform.python_version(),
@@ -1755,6 +1774,58 @@ class Session:
             "provider_nodes": self.nodes,
             "threads": self.threads,
         }
+
+
+class Bound:
+    """Inputs and outputs of an ``InferenceSession`` in fixed memory of its device, so that a run moves nothing.
+
+    ``inputs`` fix the shapes and dtypes. `run` returns when the device is done: ONNX Runtime waits for its stream at
+    the end of each run, and ``synchronize_outputs`` for what was copied. Fixed memory is what a CUDA graph needs: in a
+    session that was opened with ``enable_cuda_graph`` the first run here captures one, and later runs replay it.
+    Whatever fails, the capture included, is raised in ONNX Runtime's own exceptions; nothing falls back.
+
+    Transfers are from and to NumPy's own (pageable) memory. ``device`` "cpu" does the same in the host's memory.
+    Limit: outputs keep the shapes that they have for ``inputs``.
+    """
+
+    def __init__(self, session: Any, device: str, inputs: Mapping[str, Array]) -> None:
+        onnxruntime = import_onnxruntime()
+        apart = onnxruntime.RunOptions()
+        apart.add_run_config_entry("gpu_graph_id", "-1")  # a graph of this run would point to memory that is given back
+        self._names = [value.name for value in session.get_outputs()]
+        shown = session.run(self._names, dict(inputs), apart)
+
+        def room(like: Array) -> Any:
+            return onnxruntime.OrtValue.ortvalue_from_shape_and_type(like.shape, like.dtype.type, device, 0)
+
+        self._like = {name: (value.shape, value.dtype) for name, value in inputs.items()}
+        self._inputs = {name: room(value) for name, value in inputs.items()}
+        self._outputs = [room(np.asarray(value)) for value in shown]
+        self._session, self._binding = session, session.io_binding()
+        for name, value in self._inputs.items():
+            self._binding.bind_ortvalue_input(name, value)
+        for name, value in _pairs(self._names, self._outputs):
+            self._binding.bind_ortvalue_output(name, value)
+        self.to_device(inputs)
+        self.run()
+
+    def to_device(self, inputs: Mapping[str, Array]) -> None:
+        """Copy new values over those that the device holds."""
+        found = {name: (value.shape, value.dtype) for name, value in inputs.items()}
+        if found != self._like:  # ONNX Runtime compares sizes alone, and copies bytes of any dtype
+            raise RefusedError(f"inputs {found} do not fit what was bound, {self._like}; bind them anew")
+        for name, value in inputs.items():
+            self._inputs[name].update_inplace(np.ascontiguousarray(value))
+        self._binding.synchronize_inputs()
+
+    def run(self) -> None:
+        """Compute, and wait for the device."""
+        self._session.run_with_iobinding(self._binding)
+        self._binding.synchronize_outputs()
+
+    def from_device(self) -> dict[str, Array]:
+        """Copies of the outputs of the last run."""
+        return dict(_pairs(self._names, self._binding.copy_outputs_to_cpu()))
 
 
 def _provider(wanted: str | None, available: Sequence[str]) -> tuple[str, dict[str, str]]:

@@ -437,6 +437,78 @@ def test_a_reader_that_leaves_is_no_traceback(bundle):
     assert done.stderr == ""
 
 
+# ---- fixed memory on the device --------------------------------------------------------------------------------
+
+
+def bound_to(model, inputs):
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return session, verify.Bound(session, "cpu", inputs)
+
+
+def elementwise(operator, kind):
+    x, y = (helper.make_tensor_value_info(name, kind, ["n", 3]) for name in "xy")
+    graph = helper.make_graph([helper.make_node(operator, ["x"], ["y"])], "g", [x], [y])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+
+
+@pytest.mark.parametrize("kind", [TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.INT64])
+def test_a_bound_run_is_the_same_run_bit_for_bit(kind):
+    dtype = helper.tensor_dtype_to_np_dtype(kind)
+    first, second = (np.random.default_rng(i).normal(0, 99, (4, 3)).astype(dtype) for i in (1, 2))
+    session, bound = bound_to(elementwise("Abs", kind), {"x": first})
+    seen = bound.from_device()
+    for values in (first, second):
+        bound.to_device({"x": values})
+        bound.run()
+        (wanted,) = session.run(["y"], {"x": values})
+        assert bound.from_device()["y"].tobytes() == wanted.tobytes()
+        assert bound.from_device()["y"].dtype == wanted.dtype
+    assert seen["y"].tobytes() == session.run(["y"], {"x": first})[0].tobytes()  # a copy, made at the first run
+    assert first.tobytes() != second.tobytes()  # the caller's own memory was not written to
+
+
+def test_a_net_is_the_same_when_bound():
+    x = np.random.default_rng(3).standard_normal((16, 6)).astype(np.float32)
+    session, bound = bound_to(onnx_model(*weights()), {"x": np.zeros_like(x)})
+    bound.to_device({"x": x[::-1]})  # not contiguous
+    bound.run()
+    assert bound.from_device()["y"].tobytes() == session.run(["y"], {"x": x[::-1].copy()})[0].tobytes()
+
+
+MISFITS = {
+    "dtype": {"x": np.ones((4, 3), np.float64)},
+    "half the bytes": {"x": np.ones((4, 3), np.float16)},
+    "shape of the same size": {"x": np.ones((3, 4), np.float32)},
+    "batch": {"x": np.ones((5, 3), np.float32)},
+    "name": {"z": np.ones((4, 3), np.float32)},
+    "none": {},
+}
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_what_does_not_fit_the_bound_memory_is_refused(case):
+    _, bound = bound_to(elementwise("Abs", TensorProto.FLOAT), {"x": np.ones((4, 3), np.float32)})
+    with pytest.raises(RefusedError, match=r"do not fit what was bound.*bind them anew"):
+        bound.to_device(MISFITS[case])
+    assert np.array_equal(bound.from_device()["y"], np.ones((4, 3)))
+
+
+def test_what_cannot_be_bound_is_raised():
+    """ONNX Runtime has no device memory for strings."""
+    with pytest.raises(RuntimeError, match="non-string"):
+        bound_to(elementwise("Identity", TensorProto.STRING), {"x": np.full((1, 3), "a", object)})
+
+
+def test_a_session_takes_options_on_top(bundle):
+    opened = verify.Session(verify.open_bundle(bundle), "cpu", None, {"use_tf32": "1"})
+    assert opened.environment()["provider_options"] == {"use_tf32": "1"}
+    assert verify.PROVIDERS["cpu"] == ("CPUExecutionProvider", {})
+    x = np.zeros((2, 6), np.float32)
+    assert opened.bound({"x": x}).from_device()["y"].tobytes() == opened.run({"x": x})["y"].tobytes()
+
+
 # ---- reports and predictions -----------------------------------------------------------------------------------
 
 

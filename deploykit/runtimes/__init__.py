@@ -67,6 +67,7 @@ class Runtime:
     extra: str | None = None  # None: comes with deploykit itself
     title: str = ""  # as its makers call it, for messages; the name where it is empty
     ordered: bool = True  # False: its files address tensors by name only, and their order means nothing
+    gpu: bool = False  # its module has `required`, its sessions have `bound`: see `onnxruntime_gpu`
 
 
 RUNTIMES: dict[str, Runtime] = {
@@ -75,16 +76,17 @@ RUNTIMES: dict[str, Runtime] = {
         Runtime("keras", f"{__name__}.keras_tf", (".keras",), ("keras", "tensorflow")),
         # of the runtimes that read a kind of file the first is taken where none is named
         Runtime("onnxruntime-cpu", f"{__name__}.onnxruntime_cpu", (".onnx",), ("onnxruntime",), title="ONNX Runtime"),
-        Runtime(
-            "onnxruntime-cuda", f"{__name__}.onnxruntime_cuda", (".onnx",), ("onnxruntime",), "gpu", "ONNX Runtime"
-        ),
-        Runtime(
-            "onnxruntime-tensorrt",
-            f"{__name__}.onnxruntime_tensorrt",
-            (".onnx",),
-            ("onnxruntime",),
-            "gpu",
-            "ONNX Runtime",
+        *(
+            Runtime(
+                f"onnxruntime-{name}",
+                f"{__name__}.onnxruntime_{name.replace('-', '_')}",
+                (".onnx",),
+                ("onnxruntime",),
+                "gpu",
+                "ONNX Runtime",
+                gpu=True,
+            )
+            for name in ("cuda", "cuda-graph", "tensorrt", "tensorrt-graph")
         ),
         Runtime("openvino", f"{__name__}.openvino_cpu", (".onnx",), ("openvino",), "openvino", "OpenVINO"),
         Runtime("onnx-reference", f"{__name__}.onnx_reference", (".onnx",), ("onnx",), title="onnx's evaluator"),

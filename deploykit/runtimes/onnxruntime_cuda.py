@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import os
 
-from deploykit.runtimes.files import FileSession
-from deploykit.runtimes.onnxruntime_gpu import Provider, gpu_session
+from deploykit.runtimes.onnxruntime_gpu import DeviceSession, Provider, gpu_session, require
 
 CUDA = Provider(
     "onnxruntime-cuda",
@@ -20,6 +19,11 @@ CUDA = Provider(
 )
 
 
-def session(model: str | os.PathLike[str], *, threads: int | None = None) -> FileSession:
+def session(model: str | os.PathLike[str], *, threads: int | None = None) -> DeviceSession:
     """Load an ONNX file on the GPU; ``threads`` bounds the CPU's part."""
     return gpu_session(CUDA, model, threads=threads, notes=("TF32 off",))
+
+
+def required() -> None:
+    """MissingComponentError, with the reason, where this machine cannot run it."""
+    require(CUDA)

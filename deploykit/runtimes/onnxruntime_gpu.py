@@ -13,6 +13,10 @@ ONNX Runtime hands a model to the CPU without a word in three cases, each of whi
 Shape arithmetic is found in the file's graph: an input's values are *live*, and so is all that is computed from
 something live, except by Shape and Size. A node that the file does not know by name counts as arithmetic on values.
 
+A session for timings keeps its inputs and outputs on the device (`DeviceSession.bound`). A *CUDA graph* is one such run
+recorded, and replayed in one call: it belongs to one set of shapes, and ONNX Runtime records it only where every node
+that computes is on the provider. What cannot be recorded is an error, too. Other shapes open the model anew.
+
 Limits: nodes inside the bodies of Loop, Scan and If are not looked at in the file; on the CPU they are refused.
 """
 
@@ -20,16 +24,18 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from onnx import AttributeProto, TensorProto, helper
 
-from deploykit.errors import MissingComponentError, ProofError
-from deploykit.runtimes import missing
+from deploykit.errors import LoadError, MissingComponentError, ProofError
+from deploykit.runtimes import Array, fitted, missing
 from deploykit.runtimes.files import FileSession, file_of, read_onnx, reason, silenced, unreadable
 from deploykit.runtimes.onnxruntime_cpu import opened, ort, over
+from deploykit.verify import Bound
 
 RECORD = {"session.record_ep_graph_assignment_info": "1"}
 PACKAGE = "onnxruntime-gpu"
@@ -38,28 +44,89 @@ SHOWN = 3  # nodes that a message names
 
 @dataclass(frozen=True)
 class Provider:
-    """A GPU provider of ONNX Runtime; ``needs`` is what must be on the machine besides the package."""
+    """A GPU provider of ONNX Runtime; ``needs`` is what must be on the machine besides the package.
+
+    ``graph`` are the options that record CUDA graphs, ``plain`` is the runtime that does not; both are empty where
+    nothing is recorded. ``device``: whose memory it computes in, by ONNX Runtime's name.
+    """
 
     runtime: str
     name: str
     options: Mapping[str, str]
     needs: str
+    graph: Mapping[str, str] = field(default_factory=dict)
+    plain: str = ""
+    device: str = "cuda"
+
+    def recording(self, runtime: str, graph: Mapping[str, str]) -> Provider:
+        """The same provider with CUDA graphs."""
+        return replace(self, runtime=runtime, graph=graph, plain=self.runtime)
+
+
+class DeviceSession(FileSession):
+    """A session whose inputs and outputs may stay on the device."""
+
+    def __init__(self, base: FileSession, path: Path, device: str, fresh: Callable[[], Any] | None) -> None:
+        """``fresh`` opens the model once more, for a graph of other shapes; None: nothing is recorded."""
+        names = [spec.name for spec in base.signature.outputs]
+        self._device, self._fresh = device, fresh
+        self._replay: tuple[dict[str, Any], Bound] | None = None
+
+        def compute(arrays: dict[str, Array]) -> Sequence[Array]:
+            if fresh is None:
+                outputs: Sequence[Array] = self.native.run(names, arrays)
+                return outputs
+            bound = self.bound(arrays)
+            bound.run()
+            return list(bound.from_device().values())
+
+        super().__init__(base.runtime, path, base.signature, compute, base.native, base.notes)
+
+    def bound(self, inputs: Mapping[str, Array]) -> Bound:
+        """Room on the device for inputs and outputs of these shapes, with these values; of a graph, the one it has.
+
+        Raises what ONNX Runtime raises.
+        """
+        specs = self.signature.inputs
+        arrays = {spec.name: array for spec, array in zip(specs, fitted(inputs, specs), strict=True)}
+        if self._fresh is None:
+            return Bound(self.native, self._device, arrays)
+        shapes = {name: array.shape for name, array in arrays.items()}
+        if self._replay is None or self._replay[0] != shapes:
+            if self._replay is not None:
+                self._replay = None  # its memory, before the next takes more
+                self.native = self._fresh()
+            self._replay = shapes, Bound(self.native, self._device, arrays)
+        else:
+            self._replay[1].to_device(arrays)
+        return self._replay[1]
+
+    def close(self) -> None:
+        self._replay = None
+        super().close()
 
 
 def gpu_session(
     provider: Provider, model: str | os.PathLike[str], *, threads: int | None, notes: tuple[str, ...]
-) -> FileSession:
+) -> DeviceSession:
     """Load an ONNX file on a GPU provider, entirely.
 
-    Raises MissingComponentError where the provider cannot be used on this machine, and ProofError where it leaves
-    nodes that compute with the inputs' values to the CPU.
+    Raises MissingComponentError where the provider cannot be used on this machine, ProofError where it leaves
+    nodes that compute with the inputs' values to the CPU, and LoadError where no CUDA graph can be recorded.
     """
     path = file_of(provider.runtime, model)
     require(provider)
     graph = read_onnx(provider.runtime, path, weights=False).graph
+
+    def fresh() -> Any:
+        return opened(os.fspath(path), provider.name, {**provider.options, **provider.graph}, threads, RECORD)
+
     try:
-        loaded = opened(os.fspath(path), provider.name, provider.options, threads, RECORD)
+        loaded = fresh()
     except Exception as error:  # ONNX Runtime's exception classes are not public
+        if provider.plain:
+            why = f"{provider.name} does not open {path} with CUDA graphs: {reason(error)}; use {provider.plain}"
+            raise LoadError(why) from error
         raise unreadable(provider.runtime, path, error) from error
     places = placed(loaded)
     astray = strayed(places, provider.name, shape_arithmetic(graph))
@@ -72,7 +139,8 @@ def gpu_session(
         )
     if small := total - len(places[provider.name]):
         notes = (*notes, f"shape arithmetic of {small} nodes on the CPU")
-    return over(loaded, provider.runtime, path, notes)
+    base = over(loaded, provider.runtime, path, notes)
+    return DeviceSession(base, path, provider.device, fresh if provider.plain else None)
 
 
 def require(provider: Provider) -> None:

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import os
 
-from deploykit.runtimes.files import FileSession
-from deploykit.runtimes.onnxruntime_gpu import Provider, gpu_session
+from deploykit.runtimes.onnxruntime_gpu import DeviceSession, Provider, gpu_session, require
 
 TENSORRT = Provider(
     "onnxruntime-tensorrt",
@@ -25,8 +24,17 @@ TENSORRT = Provider(
 TF32 = "NVIDIA_TF32_OVERRIDE"
 
 
-def session(model: str | os.PathLike[str], *, threads: int | None = None) -> FileSession:
-    """Compile an ONNX file for the GPU, which takes seconds to minutes; ``threads`` bounds the CPU's part."""
+def tf32_off() -> str:
+    """Switch TF32 off unless the user has decided; the note that says what holds."""
     state = os.environ.setdefault(TF32, "0")
-    note = "TF32 off" if state == "0" else f"TF32 as {TF32}={state} says"
-    return gpu_session(TENSORRT, model, threads=threads, notes=(note,))
+    return "TF32 off" if state == "0" else f"TF32 as {TF32}={state} says"
+
+
+def session(model: str | os.PathLike[str], *, threads: int | None = None) -> DeviceSession:
+    """Compile an ONNX file for the GPU, which takes seconds to minutes; ``threads`` bounds the CPU's part."""
+    return gpu_session(TENSORRT, model, threads=threads, notes=(tf32_off(),))
+
+
+def required() -> None:
+    """MissingComponentError, with the reason, where this machine cannot run it."""
+    require(TENSORRT)

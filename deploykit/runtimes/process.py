@@ -13,10 +13,13 @@ import queue
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from deploykit.errors import MissingComponentError
 
 
 class NoAnswerError(Exception):
@@ -26,13 +29,15 @@ class NoAnswerError(Exception):
 # The worker finds modules where this process finds them, and nowhere else: not in the current folder.
 _BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from deploykit.runtimes.worker import main; main()"
 
-_QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"}  # the second hides GPUs: these are CPU timings
+_QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3"}
+_NO_GPU = {"CUDA_VISIBLE_DEVICES": "-1"}  # for runtimes of the CPU, which would take them where they can
+REQUIRE_S = 120.0
 
 
 class Process:
-    """A process of `deploykit.runtimes.worker`, stopped whenever it has nothing to answer."""
+    """A process of `deploykit.runtimes.worker`, stopped whenever it has nothing to answer; GPUs are hidden or seen."""
 
-    def __init__(self, log: Any, log_path: Path) -> None:
+    def __init__(self, log: Any, log_path: Path, *, gpu: bool = False) -> None:
         self._log_path = log_path
         self._answers: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._process = subprocess.Popen(
@@ -40,7 +45,7 @@ class Process:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
-            env={**os.environ, **_QUIET},
+            env={**os.environ, **_QUIET, **({} if gpu else _NO_GPU)},
             start_new_session=True,  # Ctrl-C goes to this process, which ends the workers in order
         )
         threading.Thread(target=self._listen, daemon=True).start()
@@ -106,3 +111,20 @@ class Process:
         with contextlib.suppress(OSError):
             assert self._process.stdin is not None
             self._process.stdin.close()
+
+
+def require_gpu(runtime: str) -> None:
+    """Raise MissingComponentError, with the reason, where this machine cannot run a GPU's runtime.
+
+    Asked in a process of its own, as a candidate's is: this one may hide GPUs, and is to keep no memory of theirs.
+    """
+    with tempfile.TemporaryDirectory(prefix="deploykit-gpu-") as folder:
+        log = Path(folder) / "log"
+        with log.open("wb") as stream:
+            process = Process(stream, log, gpu=True)
+        try:
+            process.ask("require", REQUIRE_S, {"runtime": runtime})
+        except NoAnswerError as error:
+            raise MissingComponentError(str(error)) from None
+        finally:
+            process.close()

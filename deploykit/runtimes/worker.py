@@ -8,6 +8,7 @@ reads one command per line on stdin and answers each with one line on stdout:
                                          {"import_s": s, "load_s": s}
     {"do": "warm"}                       {"first_s": s, "median_s": s, "runs": n, "settled": bool, "peak_rss_bytes": n}
     {"do": "run", "runs": N}             {"samples_s": [s, ...], "cpu_s": s, "megahertz": f, "peak_rss_bytes": n}
+    {"do": "require", "runtime": R}      {}, or why this machine cannot run a GPU's runtime
     {"do": "quit"}, or the end of stdin  no answer; the process ends
 
 A command that fails is answered with {"failed": "one line"}. Stdout belongs to the protocol: file
@@ -16,6 +17,9 @@ descriptor 1 is turned to stderr before a runtime is imported, so that C++ canno
 The time of a run is that of ``Session.run``: arrays in, arrays out, the conversions that a server makes
 included (5 to 10 us for ONNX Runtime, about 100 us for TensorFlow; that matters for tiny models).
 ``load_s`` is opening the session, without the runtime's import, with the file as the system's cache has it.
+On a GPU it is the time with inputs and outputs on the device, until the device is done (`deploykit.verify.Bound`);
+``"beside_s"`` of a block are then samples of what comes on top: ``to_device``, ``from_device``, and ``end_to_end``,
+which is ``Session.run`` itself.
 ``cpu_s`` is the time of processors that the block took, all threads together. ``"flush": true`` in a load command
 opens an ONNX Runtime session that takes denormal numbers for zero.
 
@@ -51,6 +55,7 @@ WINDOW_S = 0.02
 SETTLED = 0.05
 WARM_LIMIT_S = 2.0
 REASON_LENGTH = 400
+BESIDE_RUNS = 5  # of each transfer in a block
 
 Answer = dict[str, Any]
 
@@ -118,6 +123,11 @@ class Worker:
 
     def __init__(self) -> None:
         self._call: Callable[[], object] | None = None
+        self._beside: dict[str, Callable[[], object]] = {}
+
+    def require(self, runtime: str) -> Answer:
+        importlib.import_module(runtimes.known(runtime).module).required()
+        return {}
 
     def load(
         self,
@@ -149,7 +159,19 @@ class Worker:
             if spec.shape and spec.shape[0] not in (None, batch):
                 raise DataError(f"the model's batch size is fixed at {spec.shape[0]}; batch {batch} cannot run")
         self._call = lambda: session.run(feed)
+        if runtimes.RUNTIMES[runtime].gpu:
+            self._bind(session, feed)
         return {"import_s": imported - begin, "load_s": loaded - imported}
+
+    def _bind(self, session: Any, feed: Mapping[str, Any]) -> None:
+        """Time runs on the device alone, and the rest beside them."""
+        bound = session.bound(feed)
+        self._beside = {
+            "to_device": lambda: bound.to_device(feed),
+            "from_device": bound.from_device,
+            "end_to_end": lambda: session.run(feed),
+        }
+        self._call = bound.run
 
     def warm(self) -> Answer:
         answer = warm_up(self._ready())
@@ -165,10 +187,12 @@ class Worker:
         try:
             call()
             samples = timed(call, runs)
+            beside = {name: timed(each, 1 + BESIDE_RUNS)[1:] for name, each in self._beside.items()}
         finally:
             gc.enable()
         cpu_s = time.process_time() - computed
-        return {"samples_s": samples, "cpu_s": cpu_s, "megahertz": megahertz(), "peak_rss_bytes": peak_rss_bytes()}
+        found = {"samples_s": samples, "cpu_s": cpu_s, "megahertz": megahertz(), "peak_rss_bytes": peak_rss_bytes()}
+        return {**found, "beside_s": beside} if beside else found
 
     def _ready(self) -> Callable[[], object]:
         if self._call is None:
@@ -186,7 +210,12 @@ def _reason(error: Exception) -> str:
 def serve(commands: Iterable[str], answer: Callable[[Mapping[str, Any]], None]) -> None:
     """Answer commands until one says quit or there are no more."""
     worker = Worker()
-    verbs: dict[str, Callable[..., Answer]] = {"load": worker.load, "warm": worker.warm, "run": worker.run}
+    verbs: dict[str, Callable[..., Answer]] = {
+        "require": worker.require,
+        "load": worker.load,
+        "warm": worker.warm,
+        "run": worker.run,
+    }
     for line in commands:
         try:
             command = json.loads(line)

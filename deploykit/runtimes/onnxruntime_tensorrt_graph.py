@@ -1,0 +1,24 @@
+"""What TensorRT compiles, recorded as a CUDA graph and replayed; else as `deploykit.runtimes.onnxruntime_tensorrt`.
+
+One call then starts all kernels of a run, which pays where they are short. What a graph needs, and that its failure is
+an error, is said in `deploykit.runtimes.onnxruntime_gpu`.
+"""
+
+from __future__ import annotations
+
+import os
+
+from deploykit.runtimes.onnxruntime_gpu import DeviceSession, gpu_session, require
+from deploykit.runtimes.onnxruntime_tensorrt import TENSORRT, tf32_off
+
+TENSORRT_GRAPH = TENSORRT.recording("onnxruntime-tensorrt-graph", {"trt_cuda_graph_enable": "1"})
+
+
+def session(model: str | os.PathLike[str], *, threads: int | None = None) -> DeviceSession:
+    """Load an ONNX file on the GPU; a graph is recorded at the first run, and anew for other shapes."""
+    return gpu_session(TENSORRT_GRAPH, model, threads=threads, notes=(tf32_off(), "CUDA graph"))
+
+
+def required() -> None:
+    """MissingComponentError, with the reason, where this machine cannot run it."""
+    require(TENSORRT_GRAPH)
