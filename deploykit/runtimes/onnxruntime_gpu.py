@@ -30,6 +30,7 @@ from deploykit.errors import MissingComponentError, ProofError
 from deploykit.runtimes import missing
 from deploykit.runtimes.files import FileSession, file_of, read_onnx, reason, silenced, unreadable
 from deploykit.runtimes.onnxruntime_cpu import opened, ort, over
+from deploykit.verify import SessionSettings
 
 RECORD = {"session.record_ep_graph_assignment_info": "1"}
 PACKAGE = "onnxruntime-gpu"
@@ -58,7 +59,7 @@ def gpu_session(
     require(provider)
     graph = read_onnx(provider.runtime, path, weights=False).graph
     try:
-        loaded = opened(os.fspath(path), provider.name, provider.options, threads, RECORD)
+        loaded = opened(os.fspath(path), provider.name, provider.options, SessionSettings(threads), RECORD)
     except Exception as error:  # ONNX Runtime's exception classes are not public
         raise unreadable(provider.runtime, path, error) from error
     places = placed(loaded)
@@ -88,7 +89,8 @@ def require(provider: Provider) -> None:
     with silenced() as said:
         ort.preload_dlls()  # CUDA and cuDNN, where they were installed by pip
         try:
-            if provider.name in opened(_one_node(), provider.name, provider.options, None, {}).get_providers():
+            tried = opened(_one_node(), provider.name, provider.options, SessionSettings(), {})
+            if provider.name in tried.get_providers():
                 return
         except Exception as error:  # ONNX Runtime's exception classes are not public
             why = reason(error)
