@@ -175,6 +175,8 @@ def tune(
     inputs: Arrays,
     *,
     bundle: Bundle | None = None,
+    default: SessionSettings | None = None,
+    tried: Sequence[SessionSettings] | None = None,
     batch: int = 1,
     threads: Sequence[int] | None = None,
     seconds: float = 4.0,
@@ -184,11 +186,13 @@ def tune(
 ) -> Tuned:
     """Find the session settings for an ONNX file at one batch size. ``threads`` restricts the counts that are tried.
 
+    ``default`` and ``tried``, where they are not given, are `default_of` and `alternatives` on this machine.
     ``bundle``: the file is its model, and its golden data are the proof. ``seconds`` (for each candidate of each run)
     and ``processes`` are `deploykit.bench`'s. Raises InputError where the file does not run with the default.
     """
-    default, tried = default_of(threads), alternatives(threads, environment.physical_cores())
     _refuse_few(threads)
+    default = default or default_of(threads)
+    tried = alternatives(threads, environment.physical_cores()) if tried is None else tried
 
     def timed(listed: Sequence[SessionSettings], run: int, focus: bool) -> tuple[BenchReport, list[Trial]]:
         def told(at: Progress) -> None:

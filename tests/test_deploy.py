@@ -234,6 +234,23 @@ def test_a_model_without_any_affine_passes_through(tmp_path):
     assert verified(tmp_path / "b").returncode == 0
 
 
+def test_a_deployment_tunes_the_session_on_request(tmp_path):
+    import keras
+
+    x = keras.Input((5,), name="x")
+    keras.Model(x, keras.layers.Dense(3, name="y")(x)).save(tmp_path / "plain.keras")
+    quick = {"threads": 1, "seconds": 0.1, "processes": 1}
+    report = deploy(load(tmp_path / "plain.keras"), tmp_path / "b", tune_session=True, **quick).to_json()
+    names = [trial["name"] for trial in report["session"]["tried"]]
+    assert names == ["threads 1, denormals as zero", "threads 1, no CPU arena"]
+    kept = verify.open_bundle(tmp_path / "b").profile
+    assert (None if kept is None else kept.settings.to_json()) == (
+        report["session"]["profile"] if report["session"]["chosen"] else None
+    )
+    assert report["session"]["measured"]["proof"] == "golden data"
+    assert verified(tmp_path / "b").returncode == 0
+
+
 def test_a_failed_check_writes_nothing_and_carries_its_report(tmp_path):
     """A tolerance that nothing meets stands in for a wrong model."""
     from deploykit.compare import policy_from
