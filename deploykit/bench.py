@@ -32,6 +32,9 @@ What makes a number doubtful is data, too: ``warnings``, of which `deploykit.noi
     oversubscribed                          more threads than cores
     denormals                               numbers below 1.2e-38, on which a processor may be a hundred times slower
 
+A candidate of ONNX Runtime's CPU may bring the settings of its session (`deploykit.verify.SessionSettings`), which then
+say all about it, threads too; `deploykit.tuning` compares them so.
+
 Denormals are looked for on request, in the first setting, on ONNX Runtime's CPU: a fresh process whose session
 flushes them to zero takes ``FLUSH_ROUNDS`` short rounds with the candidate's own; warned is where it is faster in each
 of them by more than ``LUCK``.
@@ -65,6 +68,7 @@ from deploykit.noise import Doubt, Watch, busy
 from deploykit.runtimes import RUNTIMES, runtime_for
 from deploykit.runtimes.process import NoAnswerError, Process
 from deploykit.stats import LUCK, Latency, Ratio
+from deploykit.verify import SessionSettings
 
 __all__ = ["BenchReport", "Candidate", "Comparison", "Progress", "Timing", "bench"]
 
@@ -101,7 +105,7 @@ FREQUENCY_LIMIT = 1.10  # the 90th percentile of the rounds' clocks over the 10t
 
 FLUSH_ROUNDS = 3
 FLUSH_S = 0.01
-FLUSHING = "onnxruntime-cpu"  # the runtime that can flush denormals to zero
+SETTABLE = "onnxruntime-cpu"  # the runtime whose sessions have settings, one of which flushes denormals to zero
 
 TRANSFERS = ("to_device", "from_device")
 
@@ -111,13 +115,22 @@ TITLES = {"keras": "keras (tf.function)"}
 
 @dataclass(frozen=True)
 class Candidate:
-    """Something to be timed. ``threads`` None: what `bench` was given. ``options``: for loading a Keras file."""
+    """Something to be timed. ``threads`` None: what `bench` was given. ``options``: for loading a Keras file.
+
+    ``session`` takes the place of ``threads``; where it leaves them to ONNX Runtime, a report says `bench`'s.
+    """
 
     name: str
     model: str | os.PathLike[str]
     runtime: str
     threads: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    session: SessionSettings | None = None
+
+    @property
+    def own_threads(self) -> int | None:
+        """What it says itself."""
+        return self.threads if self.session is None else self.session.threads
 
     @classmethod
     def of(cls, model: str | os.PathLike[str], runtime: str | None = None, *, threads: int | None = None) -> Candidate:
@@ -232,6 +245,7 @@ class Timing:
             "runtime": self.candidate.runtime,
             "batch": self.batch,
             "threads": self.threads,
+            "session": None if self.candidate.session is None else self.candidate.session.to_json(),
             "size": self.size,
             "input_shapes": {name: list(shape) for name, shape in self.input_shapes.items()},
             "latency_ms": empty if latency is None else latency.to_json(),
@@ -421,7 +435,7 @@ def bench(
             feed = {key: _of_batch(np.asarray(array), batch) for key, array in arrays.items()}
             np.savez(folder / "inputs.npz", **feed)  # type: ignore[arg-type]  # a name is never allow_pickle's
             shapes = {key: array.shape for key, array in feed.items()}
-            lanes = [_Lane(candidate, batch, candidate.threads or count, folder, timeout) for candidate in candidates]
+            lanes = [_Lane(each, batch, each.own_threads or count, folder, timeout) for each in candidates]
             flush = denormals and not timings
             job = _Job(processes, focus, limit, seconds, seed, flush, watch, progress or (lambda next_step: None))
             _measure(lanes, job)
@@ -449,9 +463,12 @@ def _refuse_nonsense(
         raise InputError(f"unknown runtime {', '.join(unknown)}; known are {', '.join(RUNTIMES)}")
     if not batches or min(batches) < 1 or len(set(batches)) < len(batches):
         raise InputError(f"batch sizes are {list(batches)}; give different numbers from 1 on")
-    own = [candidate.threads for candidate in candidates if candidate.threads is not None]
-    if lacking := [count for count in (*threads, *own) if count < 1]:
+    own = [candidate.own_threads for candidate in candidates if _says_threads(candidate)]
+    if lacking := [count for count in (*threads, *own) if count is not None and count < 1]:
         raise InputError(f"threads must be at least 1, not {lacking[0]}")
+    for candidate in candidates:
+        if candidate.session is not None and (candidate.runtime != SETTABLE or candidate.threads is not None):
+            raise InputError(f"{candidate.name}: session settings are for {SETTABLE}, and say its threads themselves")
     if not threads or len(set(threads)) < len(threads) or (own and len(threads) > 1):
         raise InputError(f"thread counts are {list(threads)}; give different ones, and none to single candidates")
     if focus is not None and focus not in names:
@@ -466,6 +483,10 @@ def _refuse_nonsense(
         set(shapes)
     ):
         raise DataError(f"the inputs' sizes are {', '.join(shapes)}; give different ones")
+
+
+def _says_threads(candidate: Candidate) -> bool:
+    return candidate.threads is not None or candidate.session is not None
 
 
 def _refuse_inputs(inputs: Arrays) -> None:
@@ -573,7 +594,7 @@ def _turns(lanes: Sequence[_Lane], process: int, job: _Job) -> None:
     job.watch.ours_s += sum(lane.computed_s for lane in lanes) - used
     if job.flush and process == 1:
         for lane in lanes:
-            if lane.candidate.runtime == FLUSHING:
+            if lane.candidate.runtime == SETTABLE:
                 take(lane, "flush", done)
 
 
@@ -612,6 +633,7 @@ class _Lane:
             "inputs": str(self._folder / "inputs.npz"),
             "batch": self.batch,
             "options": dict(self.candidate.options),
+            "session": None if self.candidate.session is None else self.candidate.session.to_json(),
             **more,
         }
 
@@ -645,9 +667,10 @@ class _Lane:
 
     def flush(self) -> None:
         """Rounds beside a process that takes denormals for zero. One that cannot is no failure of the candidate."""
-        flushed = self._started()
+        flushed, settings = self._started(), self.candidate.session or SessionSettings(self.threads)
         try:
-            flushed.ask("load", self._timeout, self._load(flush=True))
+            settings = replace(settings, denormals_as_zero=True)
+            flushed.ask("load", self._timeout, self._load(session=settings.to_json()))
             runs = {"runs": self._runs(FLUSH_S, 1)}
             pairs = [(self._ask("run", **runs), flushed.ask("run", self._timeout, runs)) for _ in range(FLUSH_ROUNDS)]
         except NoAnswerError:

@@ -67,7 +67,7 @@ from deploykit.graph import Node, Ref, Trace, flat_call, functional_form, numpy,
 from deploykit.load import load
 from deploykit.opaque import graph_of
 from deploykit.runtimes.files import file_of, read_onnx, reason, unreadable
-from deploykit.verify import FLOAT32, Fidelity, Policy, decibels, norm, number, ratios
+from deploykit.verify import FLOAT32, Fidelity, Policy, SessionSettings, decibels, norm, number, ratios
 
 Array = npt.NDArray[Any]
 Arrays = Mapping[str, Array]
@@ -393,7 +393,7 @@ def _onnx(path: Any, found: Trace) -> _Answers:
 
     def part(names: Sequence[str]) -> Evaluate:
         try:
-            session = opened(_upto(proto, names), PROVIDER, {}, None, {FOLDER: folder})
+            session = opened(_upto(proto, names), PROVIDER, {}, SessionSettings(), {FOLDER: folder})
         except Exception as error:  # ONNX Runtime's exception classes are not public
             raise unreadable(ONNX, file, error) from error
         inputs = [value.name for value in session.get_inputs()]

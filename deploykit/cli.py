@@ -712,6 +712,13 @@ def bench(
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Fail where --max-slowdown stays undecided, too.")] = False,
     profile: Annotated[bool, typer.Option("--profile", help="Show where the time goes, layer by layer.")] = False,
+    tune_session: Annotated[
+        bool,
+        typer.Option(
+            "--tune-session",
+            help="Choose ONNX Runtime's session settings for one model by measurement; a bundle keeps them.",
+        ),
+    ] = False,
     plot: Annotated[
         Path | None, typer.Option("--plot", metavar="X.svg|X.png", help="Draw what was measured.", show_default=False)
     ] = None,
@@ -732,7 +739,7 @@ def bench(
         counts = None if threads is None else _numbers(threads, "--threads")
         sizes = () if size is None else _numbers(size, "--size")
         from deploykit.deploy import Clock
-        from deploykit.latency import Gate, Settings, latency
+        from deploykit.latency import Gate, Settings, latency, tuned
         from deploykit.report.delivery import claim_targets
         from deploykit.report.picture import claim_picture
 
@@ -740,24 +747,27 @@ def bench(
             raise InputError("a gate needs both --baseline OLD and --max-slowdown RATIO; give the other one, too")
         if strict and baseline is None:
             raise InputError("--strict is about a gate; give --baseline OLD and --max-slowdown RATIO with it")
+        if tune_session and (baseline is not None or profile):
+            raise InputError("--tune-session goes alone; leave --baseline and --profile out")
         read = [*models, data, baseline]
         if plot is not None:
             claim_picture(plot, force=force, inputs=read)
         terminal.targets = claim_targets({"html": html}, force=force, inputs=read, others={"json": json, "plot": plot})
         terminal.progress("reading the signature")
         clock = Clock()
-        found = latency(
-            models,
-            wanted=tuple(runtime or ()),
-            data=_data(data, samples, image_size, scale, seed),
-            settings=Settings(batches, counts, sizes, seconds, seed),
-            gate=Gate(baseline, max_slowdown, strict) if baseline is not None and max_slowdown is not None else None,
-            profiled=profile,
-            denormals=True,
-            progress=terminal.progress,
-            clock=clock,
-        )
-        broken = [row for row in found.body["candidates"] if row["failed"]]
+        asked: dict[str, Any] = {
+            "wanted": tuple(runtime or ()),
+            "data": _data(data, samples, image_size, scale, seed),
+            "settings": Settings(batches, counts, sizes, seconds, seed),
+            "progress": terminal.progress,
+            "clock": clock,
+        }
+        if tune_session:
+            found = tuned(models, force=force, **asked)
+        else:
+            gate = None if baseline is None or max_slowdown is None else Gate(baseline, max_slowdown, strict)
+            found = latency(models, gate=gate, profiled=profile, denormals=True, **asked)
+        broken = [row for row in found.body["candidates"] if row["failed"] and not tune_session]
         why = f"{broken[0]['name']} did not run: {broken[0]['failed']}" if broken else found.failure
         report = _report(
             "bench",
@@ -767,7 +777,7 @@ def bench(
             proven=why is None,
             reason=why,
             notices=found.notices,
-            outputs_written=() if plot is None else (str(plot),),
+            outputs_written=(*found.written, *(() if plot is None else (str(plot),))),
         )
         if plot is not None and len(broken) < len(found.body["candidates"]):
             from deploykit.report.bench_charts import of_bench
@@ -802,6 +812,10 @@ def deploy(
     atol: Atol = None,
     threads: Threads = None,
     seconds: Seconds = 4.0,
+    tune_session: Annotated[
+        bool,
+        typer.Option("--tune-session", help="Choose ONNX Runtime's session settings, and keep them in the bundle."),
+    ] = False,
     custom_objects: Custom = None,
     weights: Weights = None,
     allow_code: AllowCode = False,
@@ -840,6 +854,7 @@ def deploy(
                 seconds=seconds,
                 class_names=class_names.split(",") if class_names else None,
                 lowering=not no_lower,
+                tune_session=tune_session,
                 force=force,
                 progress=terminal.progress,
                 clock=clock,

@@ -42,6 +42,7 @@ from deploykit.report import Report, dumps, evidence
 from deploykit.report.html import page
 from deploykit.report.markdown import model_card
 from deploykit.signature import Signature, TensorSpec
+from deploykit.tuning import tune_bundle
 
 Progress = Callable[[str], None]
 SYNTHETIC = 64  # samples of a check without data
@@ -327,6 +328,7 @@ def deploy(
     class_names: Sequence[str] | None = None,
     lowering: bool = True,
     processes: int = PROCESSES,
+    tune_session: bool = False,
     force: bool = False,
     progress: Progress = silent,
     clock: Clock | None = None,
@@ -334,6 +336,7 @@ def deploy(
     """Make the bundle ``out`` from a loaded model; returns the ``deploykit.deploy/1`` report.
 
     A lowered file that turns out slower than the same without ``lowering`` is not shipped; the other one is.
+    ``tune_session``: its session settings are chosen by measurement (`deploykit.tuning`), as a last step.
     ``batch`` fixes the batch size of the file; None leaves it free. ``threads``, ``seconds`` (per candidate)
     and ``processes`` are those of `deploykit.bench`. Raises ProofError, with the report so far in its
     ``report`` attribute, when the result is not equivalent, and OutputError when ``out`` cannot be written.
@@ -382,7 +385,22 @@ def deploy(
         shipped, measured = _faster(made, measured)
         best = recommendation.recommended(measured, OURS, trials if shipped is made else ())
         with whole_folder(out, mark=verify.MANIFEST, force=force) as folder:
-            return _fill(folder, out, loaded, shipped, measured.to_json(), best, clock, class_names)
+            report = _fill(folder, out, loaded, shipped, measured.to_json(), best, clock, class_names)
+            if tune_session:
+                counts, arrays = None if threads is None else (threads,), samples.head(REAL).arrays
+                found = tune_bundle(
+                    folder,
+                    arrays,
+                    batch=batch or 1,
+                    threads=counts,
+                    seconds=seconds,
+                    seed=data.seed,
+                    processes=processes,
+                    progress=progress,
+                )
+                clock.lap("tune")
+                report = replace(report, body={**report.body, "session": found.to_json()}, seconds=clock.total())
+            return report
 
 
 def failed(message: str, report: Report) -> ProofError:

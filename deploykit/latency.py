@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deploykit import gates, runtimes
-from deploykit.bench import BenchReport, Timing, bench
+from deploykit import gates, runtimes, verify
+from deploykit.bench import SETTABLE, BenchReport, Timing, bench
 from deploykit.bench import Candidate as Timed
 from deploykit.check import candidate_for
 from deploykit.data import Samples, read_samples, synthesize
@@ -22,6 +22,7 @@ from deploykit.errors import InputError
 from deploykit.profiling import profile
 from deploykit.runtimes.process import require_gpu
 from deploykit.signature import Signature
+from deploykit.tuning import refuse_profiled, save, tune
 
 PROFILED = "onnxruntime-cpu"
 
@@ -54,6 +55,7 @@ class Measured:
     notices: tuple[str, ...]
     report: BenchReport
     gates: tuple[gates.Gate, ...] = ()
+    written: tuple[str, ...] = ()
 
     @property
     def failure(self) -> str | None:
@@ -123,6 +125,53 @@ def _on_device(timing: Timing) -> str:
         f"{timing.candidate.name} at batch {timing.batch}: timed with inputs and outputs on the device; transfers take"
         f" {there:.3g} ms to it and {back:.3g} ms from it, the whole from arrays to arrays {whole:.3g} ms"
     )
+
+
+def tuned(
+    models: Sequence[Path],
+    *,
+    wanted: Sequence[str] = (),
+    data: DataOptions | None = None,
+    settings: Settings | None = None,
+    force: bool = False,
+    progress: Progress = silent,
+    clock: Clock | None = None,
+) -> Measured:
+    """Choose session settings for one ONNX file or bundle by measurement (`deploykit.tuning`); a bundle keeps them.
+
+    The body is that of the first run, with what was found under ``session``. Raises InputError for a request that makes
+    no sense, and OutputError where a bundle has a profile already and ``force`` is not set.
+    """
+    data, settings, clock = data or DataOptions(), settings or Settings(), clock or Clock()
+    asked = {"model": models, "runtime": wanted, "batch size": settings.batches, "size": settings.sizes}
+    if many := [what for what, values in asked.items() if len(values) > 1]:
+        raise InputError(f"--tune-session is about one {many[0]}, not {len(asked[many[0]])}; give one")
+    (candidate,) = candidates(models, wanted)
+    if candidate.runtime != SETTABLE:
+        raise InputError(
+            f"--tune-session sets up {SETTABLE}, and {models[0]} would run on {candidate.runtime}; give an .onnx file "
+            "or a bundle"
+        )
+    bundle = verify.open_bundle(models[0]) if (models[0] / verify.MANIFEST).is_file() else None
+    if bundle is not None:
+        refuse_profiled(bundle, force=force)
+    (inputs,), notices = given(models[0], data, settings.sizes)
+    clock.lap("load")
+    found = tune(
+        Path(candidate.model),
+        inputs.arrays,
+        bundle=bundle,
+        batch=settings.batches[0],
+        threads=settings.threads,
+        seconds=settings.seconds,
+        seed=settings.seed,
+        progress=progress,
+    )
+    clock.lap("tune")
+    body = found.first.to_json()
+    notices += body.pop("notices")
+    written = (str(models[0] / verify.MANIFEST),) if bundle is not None and save(bundle, found.profile, notices) else ()
+    return Measured({**body, "session": found.to_json()}, tuple(notices), found.first, written=written)
 
 
 def _profiles(chosen: Sequence[Timed], inputs: Sequence[Samples], settings: Settings) -> list[dict[str, Any]]:

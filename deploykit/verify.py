@@ -95,6 +95,18 @@ signed-rank test, which assumes that symmetry, independent rounds and no shape (
 *Nonparametric Statistical Methods*, 3rd ed., sec. 3.1-3.3). The level is 1 − 2/2⁶ = 96.9 %, the best that six rounds,
 the fewest, can give. The simulation behind it, and what other intervals do in it, stand in `deploykit.stats`.
 
+What a session profile means
+----------------------------
+``session`` in the manifest, where it is there, is how ONNX Runtime's CPU provider is to be opened: the settings that
+`deploykit bench BUNDLE --tune-session` found faster than the defaults (``SessionSettings``), and where it measured
+them. This file opens, judges and times the model so; the ``environment`` of the report says what was applied.
+``--threads`` wins over the profile's threads, other providers take nothing of it, and on another processor there is a
+notice. A setting that this version does not know is refused, not ignored: the model would run otherwise than it was
+proven.
+
+ONNX Runtime flushes denormal numbers on the thread that opens the session as well, so with ``denormals_as_zero`` the
+judgement runs on a thread that is older than the session: one that takes 1e-40 for zero cannot see that it was lost.
+
 What a seal means
 -----------------
 The manifest holds the SHA-256 of every file and of itself, so damage and careless edits are caught. It is no
@@ -104,6 +116,7 @@ signature: whoever rewrites file, hash and seal together is not caught.
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -1402,6 +1415,140 @@ SIGNATURE_DTYPES = {
 }
 
 
+# Field of SessionSettings: how a value other than ONNX Runtime's default is said, and where ONNX Runtime is told it:
+# names with a dot are configuration entries of SessionOptions, the others its attributes.
+SETTINGS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "threads": ("threads {}", ("intra_op_num_threads",)),
+    "execution_mode": ("{} execution", ("execution_mode",)),
+    "inter_op_threads": ("inter-op threads {}", ("inter_op_num_threads",)),
+    "spinning": ("no spinning", ("session.intra_op.allow_spinning", "session.inter_op.allow_spinning")),
+    "denormals_as_zero": ("denormals as zero", ("session.set_denormal_as_zero",)),
+    "cpu_arena": ("no CPU arena", ("enable_cpu_mem_arena",)),
+}
+MODES = ("sequential", "parallel")
+
+
+@dataclass(frozen=True)
+class SessionSettings:
+    """How a session of ONNX Runtime's CPU provider is opened; the defaults are ONNX Runtime's own.
+
+    ``threads`` are those of one operation (None: ONNX Runtime decides), ``inter_op_threads`` how many operations may
+    run at once where ``execution_mode`` is "parallel". ``spinning``: threads wait for work at full speed.
+    ``denormals_as_zero`` is heeded in the first session of a process only, and then by the whole process.
+    """
+
+    threads: int | None = None
+    execution_mode: str = "sequential"
+    inter_op_threads: int | None = None
+    spinning: bool = True
+    denormals_as_zero: bool = False
+    cpu_arena: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("threads", "inter_op_threads"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise RefusedError(f"session setting {name} is {value!r}; give a whole number from 1 on, or null")
+        if self.execution_mode not in MODES:
+            raise RefusedError(f"session setting execution_mode is {self.execution_mode!r}; give {' or '.join(MODES)}")
+        for name in ("spinning", "denormals_as_zero", "cpu_arena"):
+            if not isinstance(getattr(self, name), bool):
+                raise RefusedError(f"session setting {name} is {getattr(self, name)!r}; give true or false")
+        if self.inter_op_threads is not None and self.execution_mode != "parallel":
+            raise RefusedError("session setting inter_op_threads needs the execution mode parallel; leave it null")
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, record: object) -> SessionSettings:
+        """A setting that is missing is ONNX Runtime's default; one that is unknown is refused."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        if not isinstance(record, dict):
+            raise RefusedError(f"session settings must be an object, not {record!r}; tune the session again")
+        if unknown := sorted(set(map(str, record)) - set(known)):
+            raise RefusedError(f"unknown session setting {unknown[0]!r}; this version knows {', '.join(known)}")
+        return cls(**record)
+
+    def bounded(self, threads: int) -> SessionSettings:
+        """The same with so many threads for all of a run, whatever the settings say of threads."""
+        return dataclasses.replace(self, threads=threads, execution_mode="sequential", inter_op_threads=None)
+
+    @property
+    def changed(self) -> dict[str, Any]:
+        """The fields that differ from ONNX Runtime's defaults."""
+        return {f.name: v for f in dataclasses.fields(self) if (v := getattr(self, f.name)) != f.default}
+
+    @property
+    def text(self) -> str:
+        """As people read it: "threads 1, no spinning"."""
+        return ", ".join(SETTINGS[name][0].format(value) for name, value in self.changed.items()) or "defaults"
+
+    @property
+    def calls(self) -> list[tuple[str, Any]]:
+        """What ONNX Runtime is told beyond its defaults: (attribute or configuration entry, value)."""
+        return [(name, value) for field, value in self.changed.items() for name in SETTINGS[field][1]]
+
+    def apply(self, options: Any) -> Any:
+        """Tell a ``SessionOptions``; returns it."""
+        for name, value in self.calls:
+            if "." in name:
+                options.add_session_config_entry(name, str(int(value)))
+            elif name == "execution_mode":
+                options.execution_mode = getattr(type(options.execution_mode), f"ORT_{value.upper()}")
+            else:
+                setattr(options, name, value)
+        return options
+
+    @property
+    def python(self) -> list[str]:
+        """The lines of Python that do the same."""
+        lines = ["options = onnxruntime.SessionOptions()"]
+        for name, value in self.calls:
+            if "." in name:
+                lines.append(f'options.add_session_config_entry("{name}", "{int(value)}")')
+            elif name == "execution_mode":
+                lines.append(f"options.execution_mode = onnxruntime.ExecutionMode.ORT_{value.upper()}")
+            else:
+                lines.append(f"options.{name} = {value}")
+        return lines
+
+
+@dataclass(frozen=True)
+class Profile:
+    """``session`` of a manifest: settings, and where they were measured as the fastest."""
+
+    settings: SessionSettings
+    measured: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"settings": self.settings.to_json(), "measured": self.measured}
+
+    @classmethod
+    def from_json(cls, record: object) -> Profile:
+        where = f"session in {MANIFEST}"
+        settings = SessionSettings.from_json(_field(record, "settings", dict, where))
+        measured = _field(record, "measured", dict, where)
+        _field(measured, "cpu", str, f"{where}.measured")
+        _field(measured, "cores", int, f"{where}.measured")
+        return cls(settings, measured)
+
+    def notices(self) -> list[str]:
+        """What there is to say where this machine is another one."""
+        here = machine()
+        if all(self.measured[key] == here[key] for key in here):
+            return []
+        return [
+            f"the session profile was measured on {self.measured['cpu']}, {self.measured['cores']} cores; this is "
+            f"{here['cpu']}, {here['cores']} cores: tune it again here with deploykit bench --tune-session --force"
+        ]
+
+
+def machine() -> dict[str, Any]:
+    """On what a session profile depends most: the processor, and how many cores the system shows."""
+    return {"cpu": cpu_name(), "cores": os.cpu_count() or 1}
+
+
 @dataclass(frozen=True)
 class Golden:
     """One golden data set: what goes in, what must come out, and by what yardstick."""
@@ -1424,12 +1571,18 @@ class Bundle:
     outputs: list[dict[str, Any]]
     policy: Law
     notices: tuple[str, ...]
+    profile: Profile | None = None
 
     def golden(self) -> list[Golden]:
         return [
             _read_golden(self, record, where)
             for where, record in enumerate(_field(self.manifest, "golden", list, MANIFEST))
         ]
+
+    def judged(self, data: Golden, answers: Mapping[str, Array]) -> tuple[OutputComparison, ...]:
+        """The law by which the model's answers to golden data are judged."""
+        dtypes = {spec["name"]: SIGNATURE_DTYPES[spec["dtype"]] for spec in self.outputs}
+        return judge_outputs(data.outputs, answers, self.policy, data.noises, dtypes)
 
 
 def open_bundle(folder: str | os.PathLike[str]) -> Bundle:
@@ -1462,6 +1615,7 @@ def open_bundle(folder: str | os.PathLike[str]) -> Bundle:
         _specs(signature, "outputs"),
         _policy(manifest.get("policy")),
         (f"not covered by the manifest: {', '.join(strangers[:5])}",) if strangers else (),
+        None if manifest.get("session") is None else Profile.from_json(manifest["session"]),
     )
 
 
@@ -1681,7 +1835,7 @@ def import_onnxruntime() -> Any:
 
 
 class Session:
-    """The bundle's model in ONNX Runtime, on exactly the provider that was asked for.
+    """The bundle's model in ONNX Runtime, on exactly the provider that was asked for, by the manifest's profile.
 
     ``changes`` are options of the provider on top of those in `PROVIDERS`.
     """
@@ -1699,7 +1853,7 @@ class Session:
             raise RefusedError(f"onnxruntime cannot be imported ({error}); run: pip install onnxruntime") from None
         if threads is not None and threads < 1:
             raise RefusedError(f"threads is {threads}; give a number from 1 on")
-        self.bundle, self.threads, self.version = bundle, threads, str(onnxruntime.__version__)
+        self.bundle, self.version = bundle, str(onnxruntime.__version__)
         self.provider, self.options = _provider(provider, onnxruntime.get_available_providers())
         self.options.update(changes or {})
         if self.provider in VARIABLES:
@@ -1707,11 +1861,13 @@ class Session:
         if self.provider in DEVICES and hasattr(onnxruntime, "preload_dlls"):  # CUDA and cuDNN as pip installs them
             with contextlib.suppress(Exception), contextlib.redirect_stdout(io.StringIO()):
                 onnxruntime.preload_dlls()
-        options = onnxruntime.SessionOptions()
+        self.profile = bundle.profile if self.provider == "CPUExecutionProvider" else None
+        settings = SessionSettings() if self.profile is None else self.profile.settings
+        self.settings = settings if threads is None else settings.bounded(threads)
+        self._judging = _thread() if self.settings.denormals_as_zero else None
+        options = self.settings.apply(onnxruntime.SessionOptions())
         options.log_severity_level = 4
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")  # ignored by old versions
-        if threads is not None:
-            options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         wanted: list[Any] = [(self.provider, self.options)]
         if self.provider != "CPUExecutionProvider":
             wanted.append("CPUExecutionProvider")
@@ -1749,11 +1905,13 @@ class Session:
     def notices(self) -> list[str]:
         """What the reader must know about where the model ran."""
         if self.provider == "CPUExecutionProvider":
-            return []
+            return [] if self.profile is None else self.profile.notices()
+        unused = [] if self.bundle.profile is None else [f"the session profile is not for {self.provider}: not applied"]
         if self.nodes is None:
-            return [f"onnxruntime {self.version} does not tell which nodes {self.provider} took"]
+            return [*unused, f"onnxruntime {self.version} does not tell which nodes {self.provider} took"]
         elsewhere = sum(self.nodes.values()) - self.nodes.get(self.provider, 0)
-        return [f"{elsewhere} of {sum(self.nodes.values())} nodes run on another provider"] if elsewhere else []
+        told = [f"{elsewhere} of {sum(self.nodes.values())} nodes run on another provider"] if elsewhere else []
+        return [*unused, *told]
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         return dict(_pairs(self.outputs, [np.asarray(value) for value in self.session.run(None, dict(inputs))]))
@@ -1761,6 +1919,12 @@ class Session:
     def bound(self, inputs: Mapping[str, Array]) -> Bound:
         """The same model with inputs and outputs in memory of its device."""
         return Bound(self.session, DEVICES.get(self.provider, "cpu"), inputs)
+
+    def judged(self, data: Golden, answers: Mapping[str, Array]) -> tuple[OutputComparison, ...]:
+        """The bundle's judgement, by a thread that sees denormal numbers."""
+        if self._judging is None:
+            return self.bundle.judged(data, answers)
+        return self._judging.submit(self.bundle.judged, data, answers).result()
 
     def environment(self) -> dict[str, Any]:
         return {
@@ -1772,7 +1936,8 @@ class Session:
             "provider": self.provider,
             "provider_options": self.options,
             "provider_nodes": self.nodes,
-            "threads": self.threads,
+            "threads": self.settings.threads,
+            "session": None if self.profile is None else self.settings.to_json(),
         }
 
 
@@ -1826,6 +1991,13 @@ class Bound:
     def from_device(self) -> dict[str, Array]:
         """Copies of the outputs of the last run."""
         return dict(_pairs(self._names, self._binding.copy_outputs_to_cpu()))
+
+
+def _thread() -> concurrent.futures.ThreadPoolExecutor:
+    """A thread that runs already, with the floating-point mode as it is now."""
+    thread = concurrent.futures.ThreadPoolExecutor(1)
+    thread.submit(int).result()
+    return thread
 
 
 def _provider(wanted: str | None, available: Sequence[str]) -> tuple[str, dict[str, str]]:
@@ -1892,7 +2064,6 @@ def _prove(session: Session, golden: Sequence[Golden]) -> dict[str, Any]:
     bundle = session.bundle
     comparisons: list[dict[str, Any]] = []
     judged: list[OutputComparison] = []
-    dtypes = {spec["name"]: SIGNATURE_DTYPES[spec["dtype"]] for spec in bundle.outputs}
     for data in golden:
         reason: str | None = None
         outputs: tuple[OutputComparison, ...] = ()
@@ -1901,7 +2072,7 @@ def _prove(session: Session, golden: Sequence[Golden]) -> dict[str, Any]:
         except Exception as error:  # onnxruntime's exceptions share no base class
             reason = _one_line(f"the model does not run on its golden data: {error}")
         else:
-            outputs = judge_outputs(data.outputs, answers, bundle.policy, data.noises, dtypes)
+            outputs = session.judged(data, answers)
         judged += outputs
         comparisons.append(
             {
@@ -2030,7 +2201,7 @@ def _summary_lines(outputs: Mapping[str, Array], classes: object, limit: int = 1
             yield f"  ... and {len(value) - limit} more samples"
 
 
-def _archive(outputs: Mapping[str, Array]) -> bytes:
+def archive(outputs: Mapping[str, Array]) -> bytes:
     """An .npz that takes any output name (np.savez stumbles over one called "file") and has no timestamps."""
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as archive:
@@ -2060,7 +2231,7 @@ def _parser() -> _Parser:
         allow_abbrev=False,
     )
     parser.add_argument("--provider", metavar="NAME", help="cpu (default), cuda, tensorrt, ... or onnxruntime's name")
-    parser.add_argument("--threads", metavar="N", type=int, help="threads of one run (default: onnxruntime decides)")
+    parser.add_argument("--threads", metavar="N", type=int, help="threads of one run (default: the profile's)")
     parser.add_argument("--seconds", metavar="S", type=float, default=2.0, help="time to measure (default 2; 0: none)")
     parser.add_argument("--json", metavar="PATH|-", help="write the machine report; with - to stdout, and only it")
     parser.add_argument(
@@ -2109,7 +2280,7 @@ def _main(options: argparse.Namespace, folder: str) -> int:
             except Exception as error:  # onnxruntime's exceptions share no base class
                 raise RefusedError(f"the model does not run on {options.predict}: {error}") from None
         if options.output and predicted:
-            _write(options.output, _archive(predicted))
+            _write(options.output, archive(predicted))
             report["outputs_written"].append(options.output)
     else:
         report = verify_bundle(folder, options.provider, options.threads, options.seconds)
@@ -2166,6 +2337,8 @@ def _table(report: Mapping[str, Any]) -> Iterator[str]:
     about = report["environment"]
     threads = "default" if about["threads"] is None else about["threads"]
     yield f"onnxruntime {about['packages']['onnxruntime']}, {about['provider']}, threads {threads}, {about['cpu']}"
+    if about["session"] is not None:
+        yield f"session profile: {SessionSettings.from_json(about['session']).text}"
     verdict = "PROVEN" if report["proven"] else "EQUIVALENT, NOT PROVEN" if report["passed"] else "NOT EQUIVALENT"
     yield verdict + (f": {report['reason']}" if report["reason"] else "")
 

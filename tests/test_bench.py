@@ -428,10 +428,10 @@ def test_a_session_that_flushes_has_no_denormals(tmp_path, flush):
     """In a process of its own: ONNX Runtime heeds the option in the first session only."""
     script = """
         import sys, numpy as np
-        from deploykit import runtimes
-        from deploykit.runtimes import worker
+        from deploykit.runtimes import onnxruntime_cpu
+        from deploykit.verify import SessionSettings
         path, flush = sys.argv[1], sys.argv[2] == "True"
-        session = worker._flushing(path, 1) if flush else runtimes.open("onnxruntime-cpu", path, threads=1)
+        session = onnxruntime_cpu.session(path, settings=SessionSettings(1, denormals_as_zero=flush))
         answer = session.run({"x": np.ones((1, 64), np.float32)})["y"]
         print(bool((answer == 0).all()), bool((answer > 0).all()))
     """

@@ -235,15 +235,33 @@ def test_what_lowering_made_slower_is_not_shipped(bundle, tmp_path):
         assert bool(made.notices) == (factor == 2)
 
 
-def test_a_model_without_any_affine_passes_through(tmp_path):
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """The bundle of a net without any affine, its session tuned, and the report."""
     import keras
 
+    folder = tmp_path_factory.mktemp("plain")
     x = keras.Input((5,), name="x")
-    keras.Model(x, keras.layers.Dense(3, name="y")(x)).save(tmp_path / "plain.keras")
-    report = deploy(load(tmp_path / "plain.keras"), tmp_path / "b", seconds=0.2, processes=1).to_json()
+    keras.Model(x, keras.layers.Dense(3, name="y")(x)).save(folder / "plain.keras")
+    quick = {"threads": 1, "seconds": 0.1, "processes": 1}
+    return folder / "b", deploy(load(folder / "plain.keras"), folder / "b", tune_session=True, **quick).to_json()
+
+
+def test_a_model_without_any_affine_passes_through(plain):
+    folder, report = plain
     assert report["fuse"]["affines"]["total"] == 0
     assert report["proven"]
-    assert verified(tmp_path / "b").returncode == 0
+    assert verified(folder).returncode == 0
+
+
+def test_a_deployment_tunes_the_session_on_request(plain):
+    folder, report = plain
+    session, kept = report["session"], verify.open_bundle(folder).profile
+    names = [trial["name"] for trial in session["tried"]]
+    assert names == ["threads 1, denormals as zero", "threads 1, no CPU arena"]
+    assert (kept is not None) == session["chosen"]
+    assert kept is None or kept.settings.to_json() == session["profile"]
+    assert session["measured"]["proof"] == "golden data"
 
 
 def test_a_failed_check_writes_nothing_and_carries_its_report(tmp_path):

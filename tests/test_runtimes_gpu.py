@@ -28,6 +28,7 @@ from deploykit.runtimes.onnxruntime_cuda_graph import CUDA_GRAPH
 from deploykit.runtimes.onnxruntime_gpu import RECORD, Provider, gpu_session, placed, require, shape_arithmetic, strayed
 from deploykit.runtimes.onnxruntime_tensorrt import TENSORRT
 from deploykit.runtimes.onnxruntime_tensorrt_graph import TENSORRT_GRAPH
+from deploykit.verify import SessionSettings
 
 GPUS = [CUDA, TENSORRT]
 lacking = pytest.mark.skipif(CUDA.name in ort.get_available_providers(), reason="onnxruntime-gpu is installed")
@@ -118,7 +119,7 @@ def test_a_provider_that_opens_a_model_is_of_use(capfd: pytest.CaptureFixture[st
 def test_a_model_that_the_provider_leaves_to_the_cpu_fails(file: Path) -> None:
     """ONNX Runtime lists this provider, opens the model on it, and runs every node on the CPU."""
     astray = Provider("onnxruntime-cuda", "AzureExecutionProvider", {}, "nothing")
-    assert opened(str(file), astray.name, {}, None, {}).get_providers()[0] == astray.name
+    assert opened(str(file), astray.name, {}, SessionSettings(), {}).get_providers()[0] == astray.name
     with pytest.raises(
         ProofError,
         match=r"does not run on AzureExecutionProvider: 3 of 7 nodes would run elsewhere .matmul, join, tanh",
@@ -139,7 +140,7 @@ def test_a_model_on_its_provider_opens_with_its_notes(file: Path, tmp_path: Path
 
 
 def test_where_nodes_went_is_read_off_the_session(file: Path) -> None:
-    places = placed(opened(str(file), "CPUExecutionProvider", {}, 1, RECORD))
+    places = placed(opened(str(file), "CPUExecutionProvider", {}, SessionSettings(1), RECORD))
     assert {name: sorted(nodes) for name, nodes in places.items()} == {
         "CPUExecutionProvider": ["concat", "expand", "gather", "join", "matmul", "shape", "tanh"]
     }

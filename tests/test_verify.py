@@ -595,7 +595,7 @@ def test_floats_are_never_cut_to_integers(bundle):
 
 
 def test_any_output_name_can_be_written(tmp_path):
-    (tmp_path / "y.npz").write_bytes(verify._archive({"file": np.ones(2), "a/b": np.array(["x"], object)}))
+    (tmp_path / "y.npz").write_bytes(verify.archive({"file": np.ones(2), "a/b": np.array(["x"], object)}))
     with np.load(tmp_path / "y.npz", allow_pickle=False) as answers:
         assert answers["file"].tolist() == [1, 1]
         assert answers["a/b"].tolist() == ["x"]

@@ -112,12 +112,26 @@ def bench_page(report: Json) -> str:
         tone = "good" if said == "Fast enough" else "unsure"
     sections = [
         _section("Latency", _latency({"bench": report, "environment": report.get("environment")})),
+        _section("Session profile", _session(report.get("session"))),
         _section("Gates", _generic(gates)),
         _section("Pictures", figures(of_bench(report))),
         _section("Notices", _bullets(report.get("notices") or ())),
     ]
     header = f'<h1 class="verdict {tone}">{said}</h1>' + (f"<p>{_text(reason)}</p>" if reason else "")
     return _whole(report, f"{said}: {_base(report['model'])}", header, sections)
+
+
+def _session(session: Json | None) -> str:
+    """What is recommended, what it was chosen from, and the lines of Python that apply it."""
+    if not session:
+        return ""
+    rows = [
+        {"run": run, **{key: trial[key] for key in ("name", "ratio", "verdict", "differs")}}
+        for run, part in ((1, "tried"), (2, "confirmed"))
+        for trial in session[part]
+    ]
+    code = "".join(f"<pre>{_text(line)}</pre>" for line in session["python"] if session["chosen"])
+    return _sentences(_text(session["reason"])) + _generic({"tried": rows, "measured": session["measured"]}) + code
 
 
 def _whole(report: Json, title: str, header: str, sections: Sequence[str]) -> str:

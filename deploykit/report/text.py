@@ -221,15 +221,40 @@ def _said(verdict: str, last: str) -> str:
     return {"slower": f"{last} is faster", "faster": f"{last} is slower"}.get(verdict, verdict)
 
 
+def _session_rows(session: Json) -> list[tuple[str, RenderableType]]:
+    """What is recommended, what it was chosen from, and how to use it."""
+    rows: list[tuple[str, RenderableType]] = [("session", escape(session["reason"]))]
+    for label, run in (("tried", session["tried"]), ("again", session["confirmed"])):
+        table = _table("settings", "ratio", "95 % interval", "", right=[1, 2])
+        for trial in run:
+            interval = trial["ci95"]
+            said = f"faster, but: {trial['differs']}" if trial["differs"] else trial["verdict"]
+            table.add_row(
+                escape(trial["name"]),
+                "-" if trial["ratio"] is None else ratio(trial["ratio"]),
+                f"[{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "",
+                escape(trial["reason"] if trial["ratio"] is None else said),
+            )
+        if run:
+            rows.append((label, table))
+    if session["chosen"]:
+        rows += [("python" if place == 0 else "", escape(line)) for place, line in enumerate(session["python"])]
+    return rows
+
+
 def bench(report: Json, console: Console) -> None:
     threads = sorted({str(c["threads"]) for c in report["candidates"]})
     cpu = report["environment"].get("cpu", "?")
-    rows: list[tuple[str, RenderableType]] = [("time", _bench_table(report))]
+    session = report.get("session")
+    rows = _session_rows(session) if session else [("time", _bench_table(report))]
     for gate in report.get("gates") or ():
         said = {"passed": "fast enough", "undecided": "UNDECIDED", "failed": "TOO SLOW"}[gate["outcome"]]
         limit = f"at most {gate['max_slowdown']:g}x the time of {gate['baseline']}"
         rows.append(("gate", escape(f"{said}: {gate['candidate']}, {ratio(gate['ratio'])}; {limit}")))
     rows.append(("on", escape(f"{cpu}, threads {', '.join(threads)}")))
+    if session:
+        rows.append(("", escape(f"batch {session['measured']['batch']}; ratios are time / time of the default, alone")))
+        rows.append(("written", escape(", ".join(report["outputs_written"]) or "nothing")))
     console.print(Group(_head(report), _grid(rows + _notices(report))))
     for found in report.get("profiles") or ():
         profile_text.profile(found, console)
@@ -314,6 +339,8 @@ def deploy(report: Json, console: Console) -> None:
     rows.append(("", escape(f"on {report['environment'].get('cpu', '?')}, {how}")))
     if (best := fastest(report["recommended"])) is not None:
         rows.append(("runtime", escape(best)))
+    if session := report.get("session"):
+        rows.append(("session", escape(session["reason"])))
     files = ", ".join(f"{f['name']} {size(f['bytes'])}" for f in report["files"])
     rows.append(("bundle", escape(f"{report['bundle']}: {files}; verify.py, golden data, report.html, README.md")))
     rows.append(("", escape(f"prove it on the target: python {report['bundle']}/verify.py")))

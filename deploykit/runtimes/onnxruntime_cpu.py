@@ -1,8 +1,9 @@
-"""ONNX Runtime on the CPU: its own defaults, one provider, quiet.
+"""ONNX Runtime on the CPU: its own defaults unless settings say otherwise, one provider, quiet.
 
-Graph optimisation stays at ONNX Runtime's default (all), because that is what people deploy. The
-provider is named explicitly and checked after loading; its messages are not printed (errors are raised).
-What the other providers of ONNX Runtime need of this is `opened` and `over`.
+How a session may be set up is `deploykit.verify.SessionSettings`, as in a bundle's manifest. Graph optimisation stays
+at ONNX Runtime's default (all), because that is what people deploy. The provider is named explicitly and checked after
+loading; its messages are not printed (errors are raised). What the other providers of ONNX Runtime need of this is
+`opened` and `over`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from deploykit.errors import InputError
 from deploykit.runtimes import Array
 from deploykit.runtimes.files import FileSession, file_of, unreadable
 from deploykit.signature import Signature, TensorSpec
-from deploykit.verify import import_onnxruntime
+from deploykit.verify import SessionSettings, import_onnxruntime
 
 ort = import_onnxruntime()
 
@@ -41,16 +42,14 @@ def _spec(node: Any) -> TensorSpec:
 
 
 def opened(
-    model: str | bytes, provider: str, options: Mapping[str, str], threads: int | None, entries: Mapping[str, str]
+    model: str | bytes, provider: str, options: Mapping[str, str], settings: SessionSettings, entries: Mapping[str, str]
 ) -> Any:
-    """An ``InferenceSession`` on one provider. ``entries`` are session configuration entries."""
-    settings = ort.SessionOptions()
-    settings.log_severity_level = QUIET
-    if threads is not None:
-        settings.intra_op_num_threads = threads
+    """An ``InferenceSession`` on one provider. ``entries`` are further session configuration entries."""
+    told = settings.apply(ort.SessionOptions())
+    told.log_severity_level = QUIET
     for key, value in entries.items():
-        settings.add_session_config_entry(key, value)
-    return ort.InferenceSession(model, settings, providers=[(provider, dict(options))], enable_fallback=0)
+        told.add_session_config_entry(key, value)
+    return ort.InferenceSession(model, told, providers=[(provider, dict(options))], enable_fallback=0)
 
 
 def over(loaded: Any, name: str, path: Path, notes: Sequence[str] = ()) -> FileSession:
@@ -65,11 +64,14 @@ def over(loaded: Any, name: str, path: Path, notes: Sequence[str] = ()) -> FileS
     return FileSession(name, path, signature, compute, loaded, notes)
 
 
-def session(model: str | os.PathLike[str], *, threads: int | None = None) -> FileSession:
-    """Load an ONNX file; external data is found beside it."""
+def session(
+    model: str | os.PathLike[str], *, threads: int | None = None, settings: SessionSettings | None = None
+) -> FileSession:
+    """Load an ONNX file; external data is found beside it. ``settings`` say all about the session, threads too."""
     path = file_of(NAME, model)
+    settings = settings or SessionSettings(threads)
     try:
-        loaded = opened(os.fspath(path), PROVIDER, {}, threads, {})
+        loaded = opened(os.fspath(path), PROVIDER, {}, settings, {})
     except Exception as error:  # ONNX Runtime's exception classes are not public
         raise unreadable(NAME, path, error) from error
     if loaded.get_providers() != [PROVIDER]:

@@ -35,7 +35,7 @@ from deploykit.errors import LoadError, MissingComponentError, ProofError
 from deploykit.runtimes import Array, fitted, missing
 from deploykit.runtimes.files import FileSession, file_of, read_onnx, reason, silenced, unreadable
 from deploykit.runtimes.onnxruntime_cpu import opened, ort, over
-from deploykit.verify import Bound
+from deploykit.verify import Bound, SessionSettings
 
 RECORD = {"session.record_ep_graph_assignment_info": "1"}
 PACKAGE = "onnxruntime-gpu"
@@ -119,7 +119,9 @@ def gpu_session(
     graph = read_onnx(provider.runtime, path, weights=False).graph
 
     def fresh() -> Any:
-        return opened(os.fspath(path), provider.name, {**provider.options, **provider.graph}, threads, RECORD)
+        return opened(
+            os.fspath(path), provider.name, {**provider.options, **provider.graph}, SessionSettings(threads), RECORD
+        )
 
     try:
         loaded = fresh()
@@ -156,7 +158,8 @@ def require(provider: Provider) -> None:
     with silenced() as said:
         ort.preload_dlls()  # CUDA and cuDNN, where they were installed by pip
         try:
-            if provider.name in opened(_one_node(), provider.name, provider.options, None, {}).get_providers():
+            tried = opened(_one_node(), provider.name, provider.options, SessionSettings(), {})
+            if provider.name in tried.get_providers():
                 return
         except Exception as error:  # ONNX Runtime's exception classes are not public
             why = reason(error)

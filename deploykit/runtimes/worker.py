@@ -9,6 +9,8 @@ reads one command per line on stdin and answers each with one line on stdout:
     {"do": "warm"}                       {"first_s": s, "median_s": s, "runs": n, "settled": bool, "peak_rss_bytes": n}
     {"do": "run", "runs": N}             {"samples_s": [s, ...], "cpu_s": s, "megahertz": f, "peak_rss_bytes": n}
     {"do": "require", "runtime": R}      {}, or why this machine cannot run a GPU's runtime
+    {"do": "answer", "inputs": FILE.npz, "outputs": FILE.npz}
+                                         {}; the outputs are then in the file
     {"do": "quit"}, or the end of stdin  no answer; the process ends
 
 A command that fails is answered with {"failed": "one line"}. Stdout belongs to the protocol: file
@@ -20,8 +22,8 @@ included (5 to 10 us for ONNX Runtime, about 100 us for TensorFlow; that matters
 On a GPU it is the time with inputs and outputs on the device, until the device is done (`deploykit.verify.Bound`);
 ``"beside_s"`` of a block are then samples of what comes on top: ``to_device``, ``from_device``, and ``end_to_end``,
 which is ``Session.run`` itself.
-``cpu_s`` is the time of processors that the block took, all threads together. ``"flush": true`` in a load command
-opens an ONNX Runtime session that takes denormal numbers for zero.
+``cpu_s`` is the time of processors that the block took, all threads together. ``"session": {...}`` in a load command
+are `deploykit.verify.SessionSettings`, which take the place of ``threads``; ONNX Runtime on the CPU alone has them.
 
 Warm-up. After a first run (it compiles and allocates) runs are taken in windows of at least 5 runs and
 20 ms, until the medians of two windows in a row are within 5 % of each other, or 2 s have passed.
@@ -49,6 +51,7 @@ from deploykit import runtimes
 from deploykit.environment import peak_rss_bytes
 from deploykit.errors import DataError, DeploykitError
 from deploykit.noise import megahertz
+from deploykit.verify import SessionSettings, archive
 
 WINDOW_RUNS = 5
 WINDOW_S = 0.02
@@ -110,18 +113,23 @@ def _read(runtime: str, model: str, options: Mapping[str, Any]) -> Any:
     return load(model, **options).model
 
 
-def _flushing(model: str, threads: int) -> Any:
-    """A session of ONNX Runtime's CPU whose threads take denormal numbers for zero; the first of its process."""
-    from deploykit.runtimes import onnxruntime_cpu as cpu
+def _set_up(model: str, session: Mapping[str, Any]) -> Any:
+    """A session of ONNX Runtime's CPU by settings; the first of its process, as denormals as zero ask for."""
+    from deploykit.runtimes import onnxruntime_cpu  # only a worker that runs it pays for it
 
-    entries = {"session.set_denormal_as_zero": "1"}
-    return cpu.over(cpu.opened(model, cpu.PROVIDER, {}, threads, entries), cpu.NAME, Path(model))
+    return onnxruntime_cpu.session(model, settings=SessionSettings.from_json(session))
+
+
+def _arrays(path: str) -> dict[str, Any]:
+    with np.load(path, allow_pickle=False) as arrays:
+        return dict(arrays)
 
 
 class Worker:
     """The commands; ``load`` comes first."""
 
     def __init__(self) -> None:
+        self._session: runtimes.Session | None = None
         self._call: Callable[[], object] | None = None
         self._beside: dict[str, Callable[[], object]] = {}
 
@@ -137,10 +145,9 @@ class Worker:
         inputs: str,
         batch: int,
         options: Mapping[str, Any] | None = None,
-        flush: bool = False,
+        session: Mapping[str, Any] | None = None,
     ) -> Answer:
-        with np.load(inputs, allow_pickle=False) as arrays:
-            feed = dict(arrays)
+        feed = _arrays(inputs)
         begin = time.perf_counter()
         if runtime in runtimes.RUNTIMES:  # a missing package is reported by `open`, in its own words
             try:
@@ -150,17 +157,17 @@ class Worker:
             except ModuleNotFoundError:
                 pass
         imported = time.perf_counter()
-        if flush:
-            session = _flushing(model, threads)
+        if session is not None:
+            opened = _set_up(model, session)
         else:
-            session = runtimes.open(runtime, _read(runtime, model, options or {}), threads=threads)
+            opened = runtimes.open(runtime, _read(runtime, model, options or {}), threads=threads)
         loaded = time.perf_counter()
-        for spec in session.signature.inputs:
+        for spec in opened.signature.inputs:
             if spec.shape and spec.shape[0] not in (None, batch):
                 raise DataError(f"the model's batch size is fixed at {spec.shape[0]}; batch {batch} cannot run")
-        self._call = lambda: session.run(feed)
+        self._session, self._call = opened, lambda: opened.run(feed)
         if runtimes.RUNTIMES[runtime].gpu:
-            self._bind(session, feed)
+            self._bind(opened, feed)
         return {"import_s": imported - begin, "load_s": loaded - imported}
 
     def _bind(self, session: Any, feed: Mapping[str, Any]) -> None:
@@ -194,6 +201,12 @@ class Worker:
         found = {"samples_s": samples, "cpu_s": cpu_s, "megahertz": megahertz(), "peak_rss_bytes": peak_rss_bytes()}
         return {**found, "beside_s": beside} if beside else found
 
+    def answer(self, inputs: str, outputs: str) -> Answer:
+        self._ready()
+        assert self._session is not None
+        Path(outputs).write_bytes(archive(self._session.run(_arrays(inputs))))
+        return {}
+
     def _ready(self) -> Callable[[], object]:
         if self._call is None:
             raise DataError("nothing is loaded; send a load command first")
@@ -211,10 +224,7 @@ def serve(commands: Iterable[str], answer: Callable[[Mapping[str, Any]], None]) 
     """Answer commands until one says quit or there are no more."""
     worker = Worker()
     verbs: dict[str, Callable[..., Answer]] = {
-        "require": worker.require,
-        "load": worker.load,
-        "warm": worker.warm,
-        "run": worker.run,
+        name: getattr(worker, name) for name in ("require", "load", "warm", "run", "answer")
     }
     for line in commands:
         try:
