@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deploykit import gates, runtimes
+from deploykit import gates
 from deploykit.bench import BenchReport, bench
 from deploykit.bench import Candidate as Timed
 from deploykit.check import candidate_for
@@ -20,6 +20,7 @@ from deploykit.data import Samples, read_samples, synthesize
 from deploykit.deploy import REAL, SYNTHETIC, Clock, DataOptions, Progress, silent
 from deploykit.errors import InputError
 from deploykit.profiling import profile
+from deploykit.runtimes import trained
 from deploykit.signature import Signature
 
 PROFILED = "onnxruntime-cpu"
@@ -141,7 +142,7 @@ def given(model: Path, data: DataOptions, sizes: Sequence[int] = ()) -> tuple[li
 
 def _signature(model: Path) -> Signature:
     candidate = candidate_for(model)
-    session = runtimes.open(candidate.runtime, candidate.model)
+    session = trained.open(candidate.runtime, candidate.model)
     try:
         return session.signature
     finally:
