@@ -21,6 +21,7 @@ from typing import Any
 
 import deploykit
 from deploykit import bundle as bundles
+from deploykit import layout as layouts
 from deploykit import verify
 from deploykit.archive import write_keras
 from deploykit.bench import PROCESSES, BenchReport, bench
@@ -31,6 +32,7 @@ from deploykit.data import Samples, Stream, open_samples, synthesize
 from deploykit.environment import environment
 from deploykit.errors import DataError, DeploykitError, ProofError
 from deploykit.export import ALL_LOWERINGS, Exported, export, export_stock
+from deploykit.export import precision as narrowing
 from deploykit.files import claim, whole_folder
 from deploykit.fuse import Fused, fuse
 from deploykit.graph import signature as signature_of
@@ -47,6 +49,7 @@ Progress = Callable[[str], None]
 SYNTHETIC = 64  # samples of a check without data
 OURS = "deploykit"  # the candidate that a deployment is about
 PLAIN, LOWERED = "deploykit, not lowered", "deploykit, lowered"  # the other file, if lowering changed anything
+LAYOUT_SAID = {layouts.NHWC: "the axes of the Keras model, batch first", layouts.NCHW: layouts.SAID}  # in manifests
 REAL = 256  # samples of a deployment with data, unless the user says otherwise
 
 
@@ -218,6 +221,8 @@ def export_checked(
     policy: Law | None = None,
     seed: int = 0,
     lowering: bool = True,
+    layout: str = layouts.NHWC,
+    precision: str = narrowing.FP32,
     spare: Path | None = None,
     force: bool = False,
     progress: Progress = silent,
@@ -225,12 +230,17 @@ def export_checked(
 ) -> Checked:
     """Fuse, export and compare; ``path`` exists afterwards only when the comparison passed and is evidence.
 
+    ``layout`` and ``precision`` are those of `deploykit.export`. Where no ``policy`` is given the file is judged by
+    that of its precision, and the fused Keras model, which is float32 in any case, by that of float32.
+
     ``own_samples``: the samples are the user's and serve the proof of the fusing, too. A lowered file is compared
     beside the one without lowering: where it alone does not pass, the other is written. ``spare``: where to keep that
     other one.
     """
     path = claim(path, force=force, inputs=(loaded.path,))
-    policy, clock = policy or policy_from(), clock or Clock()
+    common_policy = policy or policy_from()
+    policy = policy or policy_from(default=narrowing.POLICY[narrowing.known(precision)])
+    clock = clock or Clock()
     model, fused = loaded.model, None
     notices = list(loaded.notices)
     findings: list[dict[str, str]] = []
@@ -259,6 +269,8 @@ def export_checked(
             metadata=metadata(loaded, fused),
             without=() if lowering else ALL_LOWERINGS,
             unlowered=plain / path.name,
+            layout=layout,
+            precision=precision,
         )
         clock.lap("export")
         progress("checking against the float64 reference")
@@ -268,10 +280,11 @@ def export_checked(
         files = [exported.path] if exported.unlowered is None else [exported.path, exported.unlowered]
         ours = [Candidate(path.name, file, "onnxruntime-cpu") for file in files]
         keras_one = [] if fused is None else [Candidate("fused Keras model", fused.model, "keras")]
-        if batch is None:
+        if batch is None and common_policy == policy:
             comparisons = check(reference, [*keras_one, *ours], policy, progress=progress)
         else:
-            comparisons = (*check(reference, keras_one, policy), *check(shipped, ours, policy, progress=progress))
+            common_ones = check(reference, keras_one, common_policy)
+            comparisons = (*common_ones, *check(shipped, ours, policy, progress=progress))
         common, judged = comparisons[: len(keras_one)], comparisons[len(keras_one) :]
         found, *others = (body(shipped, (*common, comparison), policy) for comparison in judged)
         other = None
@@ -326,6 +339,8 @@ def deploy(
     seconds: float = 4.0,
     class_names: Sequence[str] | None = None,
     lowering: bool = True,
+    layout: str = layouts.NHWC,
+    precision: str = narrowing.FP32,
     processes: int = PROCESSES,
     force: bool = False,
     progress: Progress = silent,
@@ -333,10 +348,11 @@ def deploy(
 ) -> Report:
     """Make the bundle ``out`` from a loaded model; returns the ``deploykit.deploy/1`` report.
 
-    A lowered file that turns out slower than the same without ``lowering`` is not shipped; the other one is.
-    ``batch`` fixes the batch size of the file; None leaves it free. ``threads``, ``seconds`` (per candidate)
-    and ``processes`` are those of `deploykit.bench`. Raises ProofError, with the report so far in its
-    ``report`` attribute, when the result is not equivalent, and OutputError when ``out`` cannot be written.
+    A lowered file that turns out slower than the same without ``lowering`` is not shipped; the other one is. ``layout``
+    and ``precision`` are those of `deploykit.export`; without a ``policy`` a float16 file is judged by that of float16.
+    ``batch`` fixes the batch size of the file; None leaves it free. ``threads``, ``seconds`` (per candidate) and
+    ``processes`` are those of `deploykit.bench`. Raises ProofError, with the report so far in its ``report`` attribute,
+    when the result is not equivalent, and OutputError when ``out`` cannot be written.
     """
     data, clock = data or DataOptions(), clock or Clock()
     out = claim(out, force=force, folder=verify.MANIFEST, inputs=(loaded.path, data.data))
@@ -356,6 +372,8 @@ def deploy(
             policy=policy,
             seed=data.seed,
             lowering=lowering,
+            layout=layout,
+            precision=precision,
             spare=room / "plain.onnx",
             progress=progress,
             clock=clock,
@@ -378,6 +396,8 @@ def deploy(
         )
         clock.lap("bench")
         made, measured = _faster(made, measured)
+        if precision == narrowing.FP16:
+            made.notices.append(_half_here(measured, batch or 1))
         with whole_folder(out, mark=verify.MANIFEST, force=force) as folder:
             return _fill(folder, out, loaded, made, measured.to_json(), clock, class_names)
 
@@ -446,6 +466,15 @@ def _faster(made: Checked, measured: BenchReport) -> tuple[Checked, BenchReport]
     )
 
 
+def _half_here(measured: BenchReport, batch: int) -> str:
+    """What float16 did on this CPU: the times of the file over those of the others."""
+    others = dict.fromkeys(timing.candidate.name for timing in measured.timings if timing.candidate.name != OURS)
+    pairs = [measured.comparison(OURS, name, batch) for name in others]
+    said = [f"{pair.ratio.ratio:.2f}x that of {pair.b}" for pair in pairs if pair.ratio and pair.ratio.ratio]
+    here = f"its time was {', '.join(said)}" if said else "nothing could be measured beside it"
+    return f"float16 is meant for GPUs; on this CPU {here}"
+
+
 def _report(
     loaded: Loaded,
     made: Checked,
@@ -463,6 +492,8 @@ def _report(
         reason=reason,
         body={
             "source": source_json(loaded),
+            "layout": made.exported.layout,
+            "precision": made.exported.precision,
             "fuse": fused_part(loaded, made),
             "check": made.check,
             "bench": dict(bench_body),
@@ -485,7 +516,7 @@ def _fill(
     class_names: Sequence[str] | None,
 ) -> Report:
     """Write everything into the bundle's folder, the manifest last."""
-    exported, reference = made.exported, made.reference
+    exported, reference = made.exported, bundles.in_layout(made.reference, made.exported.layout)
     for file in sorted(exported.path.parent.glob(f"{exported.path.name}*")):
         shutil.copyfile(file, folder / file.name.replace(exported.path.name, "model.onnx", 1))
     golden = bundles.write_golden(folder, reference)
@@ -515,7 +546,7 @@ def _fill(
         "source": {"name": loaded.path.name, "sha256": loaded.sha256, "saved_by": loaded.saved_by},
         "signature": more["signature"],
         "preprocessing": f"inside the model: {', '.join(sorted(inside))}" if inside else "none inside the model",
-        "layout": "the axes of the Keras model, batch first",
+        "layout": LAYOUT_SAID[exported.layout],
         "class_names": list(class_names) if class_names else None,
         "policy": made.check["policy"],
         "golden": golden,
