@@ -20,12 +20,14 @@ from deploykit.deploy import DataOptions, deploy, export_checked, samples_for
 from deploykit.diagnosis import Wishes
 from deploykit.equivalence import equivalence
 from deploykit.errors import DataError, InputError, UnsupportedModelError
-from deploykit.export import export
+from deploykit.export import _Wanted, export
+from deploykit.latency import given
 from deploykit.load import load
 from deploykit.profiling import profile
 from deploykit.runtimes import open as raw
 from deploykit.runtimes import trained
 from deploykit.runtimes.files import stated
+from deploykit.signature import Signature, TensorSpec
 
 L = keras.layers
 VARIANTS = {"nhwc": {}, "nchw": {"layout": "nchw"}, "fp16": {"precision": "fp16"}}
@@ -110,6 +112,11 @@ def test_both_layouts_stand_side_by_side_in_a_benchmark(net):
     assert report.comparison("nchw", "nhwc").ratio is not None
 
 
+def test_inputs_for_a_benchmark_are_made_up_in_the_models_layout(net):
+    (samples,), _ = given(net[1] / "nchw.onnx", DataOptions(limit=3))
+    assert samples.arrays["image"].shape == (3, 8, 6, 3)
+
+
 @pytest.mark.slow  # it measures the machine's limits, too
 def test_a_profile_takes_the_models_images(net):
     model, folder = net
@@ -118,6 +125,11 @@ def test_a_profile_takes_the_models_images(net):
 
 REFUSED = {
     "no image": (chain((4,), L.Dense(3)), {"layout": "nchw"}, "no input or output of rank 4"),
+    "channels in front": (
+        chain((3, 8, 8), L.Conv2D(4, 3, data_format="channels_first")),
+        {"layout": "nchw"},
+        "^input x is not read as an image",
+    ),
     "no float32": (
         chain((4,), L.Dense(3, dtype="float64")),
         {"precision": "fp16"},
@@ -131,6 +143,27 @@ def test_what_cannot_be_done_leaves_nothing(model, options, said, tmp_path):
     with pytest.raises(UnsupportedModelError, match=said):
         export(model, tmp_path / "x.onnx", **options)
     assert list(tmp_path.iterdir()) == []
+
+
+IMAGES = Signature((TensorSpec("x", (None, 6, 5, 3), "float32"),), (TensorSpec("y", (None, 6, 5, 3), "float32"),))
+
+
+def parsed(body: str) -> onnx.ModelProto:
+    head = '<ir_version: 8, opset_import: ["": 18, "my": 1]> g (float[n,6,5,3] x) => (float[n,6,5,3] y)'
+    return onnx.parser.parse_model(f"{head} <int64[2] flat={{-1,90}}, int64[4] image={{-1,6,5,3}}> {{ {body} }}")
+
+
+def test_a_file_without_lowering_that_cannot_be_turned_is_left_out():
+    made, notices = _Wanted("nchw", "fp32").beside(parsed("f=Reshape(x,flat) g=Relu(f) y=Reshape(g,image)"), IMAGES)
+    assert made is None
+    assert notices[0].startswith("no file without lowering beside it: input x is not read as an image")
+
+
+def test_an_output_whose_shape_the_graph_does_not_tell_is_turned_too():
+    proto = parsed("t=Transpose<perm=[0,3,1,2]>(x) r=Relu(t) y=my.Own(r)")
+    proto.graph.output[0].type.tensor_type.ClearField("shape")
+    made, _ = _Wanted("nchw", "fp32").applied(proto, IMAGES)
+    assert [node.op_type for node in made.graph.node] == ["Relu", "Own", "Transpose"]
 
 
 @pytest.mark.parametrize("options", [VARIANTS["nchw"], VARIANTS["fp16"]], ids=["nchw", "fp16"])
@@ -200,10 +233,10 @@ def test_a_file_weakens_no_check_unsaid(net, names, asked, judged, passed, said)
 
 
 def test_the_fixture_of_pytest_holds_to_float32_unless_told(net, assert_equivalent):
-    given = [net[1] / "net.keras", net[1] / "both.onnx"]
-    assert assert_equivalent(*given, samples=16, policy="float16")["policy"] == "float16"
+    models = [net[1] / "net.keras", net[1] / "both.onnx"]
+    assert assert_equivalent(*models, samples=16, policy="float16")["policy"] == "float16"
     with pytest.raises(AssertionError, match="give the policy float16"):
-        assert_equivalent(*given, samples=16)
+        assert_equivalent(*models, samples=16)
 
 
 def test_a_worst_case_is_searched_in_the_models_layout(net):

@@ -71,6 +71,18 @@ NETS = {
         np.abs(X),
         {"ReduceSum": 1, "Div": 1},
     ),
+    "a length with a floor": (
+        "q = Mul(x, x) s = ReduceSum<keepdims=1>(q, last) l = Sqrt(s) r = Reciprocal(l) m = Min(r, huge) y = Mul(x, m)"
+        " z = MatMul(y, W)",
+        X,
+        {"Mul": 2, "ReduceSum": 1, "Sqrt": 1, "Reciprocal": 1, "Min": 1},
+    ),
+    "floats of nothing": ("k = ConstantOfShape(one) a = Add(x, k) y = MatMul(a, W)", X, {"ConstantOfShape": 1}),
+    "float64 in between": (
+        "r = Reshape(x, flat) d = Cast<to=11>(r) e = Relu(d) f = Cast<to=1>(e) y = MatMul(f, W)",
+        X,
+        {},
+    ),
     "two readers in float32": (
         "a = Relu(x) p = Exp(a) q = Sqrt(a) y = MatMul(p, W) z = MatMul(q, W)",
         X,
@@ -88,7 +100,7 @@ def build(body: str, opset: int = 17, kind: str = "float") -> onnx.ModelProto:
     constants = (
         "int64[2] flat={-1,4}, int64[1] last={-1}, float half={0.5}, float two={2}, float ten={10},"
         " float thousand={1000}, float large={30000}, float id={4093}, float tiny={1e-12},"
-        " float zero={0}, float[4] scales={1,1,2,1.5}"
+        " float zero={0}, float huge={1e12}, int64[2] one={1,4}, float[4] scales={1,1,2,1.5}"
     )
     if "axes=[" not in body:
         opset = 18
@@ -119,6 +131,7 @@ def test_it_computes_the_same_but_for_float16(body, x, single):
     made, found = narrowed(proto)
     assert found.single == Counter(single)
     assert {v.type.tensor_type.elem_type for v in (*made.graph.input, *made.graph.output)} == {TensorProto.FLOAT}
+    assert [v.name for v in made.graph.output] == [v.name for v in proto.graph.output]
     for mine, right in zip(run(made, x), run(proto, x), strict=True):
         assert mine.dtype == right.dtype
         assert np.linalg.norm(mine - right) <= 2e-3 * np.linalg.norm(right)

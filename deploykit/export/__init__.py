@@ -132,11 +132,9 @@ def export(
     notices += more
     plain = claim(unlowered, force=force) if unlowered is not None and any(lowered.values()) else None
     if plain is not None:
-        try:
-            converted, _ = wanted.applied(converted, signature)
-        except UnsupportedModelError as error:
-            notices.append(f"no file without lowering beside it: {error}")
-            plain = None
+        converted, more = wanted.beside(converted, signature)
+        notices += more
+        plain = None if converted is None else plain
     size, external = written(proto, path)
     if plain is not None:
         written(converted, plain)
@@ -179,10 +177,18 @@ class _Wanted:
         """The file's, of a model's."""
         return layouts.permuted(of, layouts.TO_NCHW) if self.layout == layouts.NCHW else of
 
+    def beside(self, proto: Any, signature: Signature) -> tuple[Any | None, list[str]]:
+        """The same of the graph without lowering; None, and why, where it cannot be had without."""
+        try:
+            return self.applied(proto, signature)[0], []
+        except UnsupportedModelError as error:
+            return None, [f"no file without lowering beside it: {error}"]
+
     def applied(self, proto: Any, signature: Signature) -> tuple[Any, list[str]]:
         """The graph as it is wanted, and what there is to say about it."""
         if not self.changes:
             return proto, []
+        canonical.rename_io(proto, signature)  # for what is said of them
         model, notices = ir.from_proto(proto), []
         for values, specs in ((model.graph.inputs, signature.inputs), (model.graph.outputs, signature.outputs)):
             for value, spec in zip(values, specs, strict=True):

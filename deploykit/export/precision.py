@@ -34,7 +34,7 @@ Recurrences written as Loop gain nothing. Attributes stay float32 numbers, as ON
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, MutableSequence, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -289,14 +289,13 @@ class _Edges:
                 half = self._constant(value) if _is_constant(value) else self._cast(value, ir.DataType.FLOAT16)
                 for node, place in places:
                     node.replace_input_with(place, half)
-        handed: dict[ir.Value, list[tuple[MutableSequence[ir.Value], int]]] = {}
-        for values in self._handed_on():
-            for place, value in enumerate(values):
-                handed.setdefault(value, []).append((values, place))
+        places_of: dict[ir.Value, list[int]] = {}
+        for place, value in enumerate(self.graph.outputs):
+            places_of.setdefault(value, []).append(place)
         for value in self.made_half:
-            self._widen(value, handed.get(value, []))
+            self._widen(value, places_of.get(value, []))
 
-    def _widen(self, value: ir.Value, outputs: Sequence[tuple[MutableSequence[ir.Value], int]]) -> None:
+    def _widen(self, value: ir.Value, outputs: Sequence[int]) -> None:
         halves = set(self._halves.get(value, ()))
         readers = [use for use in value.uses() if (use.node, use.idx) not in halves]
         value.dtype = ir.DataType.FLOAT16
@@ -304,20 +303,10 @@ class _Edges:
             wide = self._cast(value, ir.DataType.FLOAT)
             for use in readers:
                 use.node.replace_input_with(use.idx, wide)
-            for values, place in outputs:
-                values[place] = wide
+            for place in outputs:
+                self.graph.outputs[place] = wide
             if outputs:
                 value.name, wide.name = f"{value.name}/float16", value.name
-
-    def _handed_on(self) -> Iterator[MutableSequence[ir.Value]]:
-        """The outputs of the graph, and of the graphs inside of it, which may hand on a tensor from outside."""
-        yield self.graph.outputs
-        for node in self.graph.all_nodes():
-            for attribute in node.attributes.values():
-                if attribute.type == ir.AttributeType.GRAPH:
-                    yield attribute.as_graph().outputs
-                elif attribute.type == ir.AttributeType.GRAPHS:
-                    yield from (inner.outputs for inner in attribute.as_graphs())
 
     def _cast(self, value: ir.Value, to: ir.DataType) -> ir.Value:
         maker, name = value.producer(), f"{value.name}/{to.name.lower()}"
