@@ -39,6 +39,8 @@ Denormals are looked for on request, in the first setting, on ONNX Runtime's CPU
 flushes them to zero takes ``FLUSH_ROUNDS`` short rounds with the candidate's own; warned is where it is faster in each
 of them by more than ``LUCK``.
 
+A file in NCHW (`deploykit.layout`) is given the same images, transposed before anything is timed.
+
 Limits. ``load_ms`` and ``cold_start_ms`` (from the start of the process to its first answer, the imports included)
 find the files in the system's cache as they are. Runtimes of the CPU run with GPUs hidden from them; what is timed of a
 GPU's is said in `deploykit.runtimes.worker`. Stopping needs Linux; elsewhere blocks start while another process may
@@ -62,11 +64,12 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from deploykit import environment, verify
+from deploykit import environment, layout, verify
 from deploykit.errors import DataError, InputError
 from deploykit.noise import Doubt, Watch, busy
 from deploykit.runtimes import RUNTIMES, runtime_for
 from deploykit.runtimes.process import NoAnswerError, Process
+from deploykit.runtimes.trained import is_nchw
 from deploykit.stats import LUCK, Latency, Ratio
 from deploykit.verify import SessionSettings
 
@@ -102,6 +105,8 @@ SPREAD_LIMIT = 0.20  # interquartile range of the rounds' medians over their med
 FEW_ROUNDS = 20
 FEW_RUNS = 100  # fewer have no p99
 FREQUENCY_LIMIT = 1.10  # the 90th percentile of the rounds' clocks over the 10th
+
+INPUTS = {False: "inputs.npz", True: "inputs-nchw.npz"}  # what a worker reads; True: for files in NCHW
 
 FLUSH_ROUNDS = 3
 FLUSH_S = 0.01
@@ -408,16 +413,16 @@ def bench(
 ) -> BenchReport:
     """Time every candidate in every setting (size of the inputs, threads, batch), side by side.
 
-    ``inputs`` are samples by input name, axis 0 counting them; they are repeated or cut to each batch size. Several
-    such mappings are several sizes. ``threads`` (default: the physical cores this process may use) holds for
-    candidates that do not say otherwise; several are several settings. ``seconds`` is the most that each candidate
-    runs in each setting, loading and warm-up not counted (but 10 rounds of the first process and 4 of each other are
-    always measured); ``processes`` the most that are started for it: with less than 6, differences of a few percent
-    stay undecided. ``focus`` names the candidate whose pairs alone are worth more processes (None: every pair is);
-    with ``limit``, a ratio to it, processes are also started where that is in doubt. ``denormals``: look whether they
-    slow a candidate, at the price of one more process each. ``timeout``, in seconds, is how long a worker may take for
-    any one answer. ``seed`` draws the order within rounds. ``progress`` is called before
-    each step, while nothing is being timed.
+    ``inputs`` are samples by input name, axis 0 counting them, in the trained model's layout; they are repeated or cut
+    to each batch size. Several such mappings are several sizes. ``threads`` (default: the physical cores this process
+    may use) holds for candidates that do not say otherwise; several are several settings. ``seconds`` is the most that
+    each candidate runs in each setting, loading and warm-up not counted (but 10 rounds of the first process and 4 of
+    each other are always measured); ``processes`` the most that are started for it: with less than 6, differences of a
+    few percent stay undecided. ``focus`` names the candidate whose pairs alone are worth more processes (None: every
+    pair is); with ``limit``, a ratio to it, processes are also started where that is in doubt. ``denormals``: look
+    whether they slow a candidate, at the price of one more process each. ``timeout``, in seconds, is how long a worker
+    may take for any one answer. ``seed`` draws the order within rounds. ``progress`` is called before each step, while
+    nothing is being timed.
 
     Raises InputError or DataError for a request that makes no sense; a candidate that fails is a row of
     the report. No process outlives the call, whatever ends it.
@@ -429,13 +434,19 @@ def bench(
     cores = environment.cores()
     warnings = list(busy(cores))
     watch, timings = Watch(), list[Timing]()
+    layouts = [is_nchw(candidate.model) for candidate in candidates]
     with tempfile.TemporaryDirectory(prefix="deploykit-bench-") as name:
         folder = Path(name)
         for arrays, count, batch in itertools.product(sizes, counts, batches):
             feed = {key: _of_batch(np.asarray(array), batch) for key, array in arrays.items()}
-            np.savez(folder / "inputs.npz", **feed)  # type: ignore[arg-type]  # a name is never allow_pickle's
+            for turned in set(layouts):
+                fed = layout.transposed(feed, layout.TO_NCHW) if turned else feed
+                np.savez(folder / INPUTS[turned], **fed)  # type: ignore[arg-type]  # a name is never allow_pickle's
             shapes = {key: array.shape for key, array in feed.items()}
-            lanes = [_Lane(each, batch, each.own_threads or count, folder, timeout) for each in candidates]
+            lanes = [
+                _Lane(each, batch, each.own_threads or count, folder / INPUTS[turned], timeout)
+                for each, turned in zip(candidates, layouts, strict=True)
+            ]
             flush = denormals and not timings
             job = _Job(processes, focus, limit, seconds, seed, flush, watch, progress or (lambda next_step: None))
             _measure(lanes, job)
@@ -601,11 +612,11 @@ def _turns(lanes: Sequence[_Lane], process: int, job: _Job) -> None:
 class _Lane:
     """One candidate in one setting: its worker, and what it answered so far."""
 
-    def __init__(self, candidate: Candidate, batch: int, threads: int, folder: Path, timeout: float) -> None:
+    def __init__(self, candidate: Candidate, batch: int, threads: int, inputs: Path, timeout: float) -> None:
         self.candidate, self.batch, self.threads = candidate, batch, threads
         self.failed: str | None = None
         self.computed_s = 0.0  # the time of processors that its rounds took
-        self._folder, self._timeout = folder, timeout
+        self._inputs, self._timeout = inputs, timeout
         self._worker: Process | None = None
         self._processes: list[list[tuple[float, ...]]] = []
         self._loads_s: list[float] = []
@@ -621,7 +632,7 @@ class _Lane:
         return tuple(map(tuple, self._processes))
 
     def _started(self) -> Process:
-        handle, log = tempfile.mkstemp(suffix=".log", dir=self._folder)
+        handle, log = tempfile.mkstemp(suffix=".log", dir=self._inputs.parent)
         with open(handle, "wb") as stream:
             return Process(stream, Path(log), gpu=RUNTIMES[self.candidate.runtime].gpu)
 
@@ -630,7 +641,7 @@ class _Lane:
             "runtime": self.candidate.runtime,
             "model": os.path.abspath(self.candidate.model),
             "threads": self.threads,
-            "inputs": str(self._folder / "inputs.npz"),
+            "inputs": str(self._inputs),
             "batch": self.batch,
             "options": dict(self.candidate.options),
             "session": None if self.candidate.session is None else self.candidate.session.to_json(),

@@ -64,9 +64,11 @@ from deploykit.fuse.plan import plan as make_plan
 from deploykit.fuse.proof import slice_of
 from deploykit.fuse.sources import is_source
 from deploykit.graph import Node, Ref, Trace, flat_call, functional_form, numpy, replay, runnable, trace
+from deploykit.layout import TO_NCHW, transposed
 from deploykit.load import load
 from deploykit.opaque import graph_of
 from deploykit.runtimes.files import file_of, read_onnx, reason, unreadable
+from deploykit.runtimes.trained import is_nchw
 from deploykit.verify import FLOAT32, Fidelity, Policy, SessionSettings, decibels, norm, number, ratios
 
 Array = npt.NDArray[Any]
@@ -389,7 +391,7 @@ def _onnx(path: Any, found: Trace) -> _Answers:
             f"no node of {file} is named after a layer of the model; "
             "only files that deploykit exported can be bisected: export the model again"
         )
-    folder = os.fspath(Path(file).resolve().parent)
+    folder, turned = os.fspath(Path(file).resolve().parent), is_nchw(file)
 
     def part(names: Sequence[str]) -> Evaluate:
         try:
@@ -399,8 +401,9 @@ def _onnx(path: Any, found: Trace) -> _Answers:
         inputs = [value.name for value in session.get_inputs()]
 
         def evaluate(arrays: Arrays) -> list[Array | str]:
+            given = {name: arrays[name] for name in inputs}
             try:
-                outputs = session.run(list(names), {name: arrays[name] for name in inputs})
+                outputs = session.run(list(names), transposed(given, TO_NCHW) if turned else given)
             except Exception as error:
                 if len(names) == 1:
                     return [reason(error)]

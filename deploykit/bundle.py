@@ -25,9 +25,11 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
+from deploykit import layout as layouts
 from deploykit import verify
 from deploykit.check import Reference
 from deploykit.compare import Noise, noise_between
+from deploykit.data import Samples
 from deploykit.files import sha256
 
 Array = npt.NDArray[Any]
@@ -89,6 +91,23 @@ def _at_least(level: tuple[float, float], noise: Noise, reference: Array) -> Noi
         return tuple(e if e is None else max(e, float(floor)) for e, floor in zip(errors, floors, strict=True))
 
     return replace(noise, l2=raised(noise.l2, sizes[0], level[0]), max_abs=raised(noise.max_abs, sizes[1], level[1]))
+
+
+def in_layout(reference: Reference, layout: str) -> Reference:
+    """The kept samples and answers of a reference in a file's own layout, which is what its golden data have."""
+    if layout == layouts.NHWC:
+        return reference
+    axes, head = layouts.TO_NCHW, reference.samples.head(reference.kept)
+    return replace(
+        reference,
+        signature=layouts.permuted(reference.signature, axes),
+        samples=Samples(layouts.transposed(head.arrays, axes), head.source, head.labels),
+        outputs=layouts.transposed(reference.outputs, axes),
+        original=layouts.transposed(reference.original, axes),
+        evaluate=None,
+        others=(),
+        again=None,
+    )
 
 
 def write_golden(folder: Path, reference: Reference) -> list[dict[str, Any]]:

@@ -43,6 +43,7 @@ from deploykit.fuse.proof import slice_of
 from deploykit.graph import float32_only, replay, run, runnable, trace
 from deploykit.load import load
 from deploykit.opaque import graph_of, nudge, nudged
+from deploykit.runtimes import trained
 from deploykit.signature import Signature
 from deploykit.verify import Judge, norms
 
@@ -325,7 +326,7 @@ def _opened(reference: Reference, candidate: Candidate, policy: Law, stack: cont
     try:
         if candidate.error is not None:
             raise candidate.error
-        session = runtimes.open(candidate.runtime, candidate.model)
+        session = trained.open(candidate.runtime, candidate.model)
     except DeploykitError as error:
         wrong = isinstance(error, ProofError)  # else nothing is known of the model
         return _Trial(candidate, None, Judge(policy), reason=str(error), error=None if wrong else error)

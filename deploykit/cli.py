@@ -23,7 +23,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -33,6 +33,7 @@ from deploykit.errors import DeploykitError, InputError, ProofError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from deploykit.compare import Law
     from deploykit.deploy import Clock, DataOptions
     from deploykit.load import Loaded
     from deploykit.report import Report
@@ -74,6 +75,20 @@ Samples = Annotated[int | None, typer.Option("--samples", min=1, help="Use at mo
 ImageSize = Annotated[str | None, typer.Option("--image-size", metavar="HxW", help="Resize images, if sizes are free.")]
 Scale = Annotated[float | None, typer.Option("--scale", help="Multiply pixels by this (1/255: 0.00392157).")]
 NoLower = Annotated[bool, typer.Option("--no-lower", help="Leave the ONNX graph as tf2onnx writes it.")]
+Layout = Annotated[
+    Literal["nhwc", "nchw"],
+    typer.Option(
+        "--layout",
+        help="Images of the file; with nchw callers give and get (batch, channels, height, width).",
+    ),
+]
+Precision = Annotated[
+    Literal["fp32", "fp16"],
+    typer.Option(
+        "--precision",
+        help="Weights and arithmetic; fp16 is for GPUs. Inputs and outputs keep their dtype.",
+    ),
+]
 Keep = Annotated[list[str] | None, typer.Option("--keep", metavar="LAYER", help="This affine layer must stay.")]
 Barrier = Annotated[
     list[str] | None,
@@ -241,6 +256,13 @@ def _data(data: str | None, samples: int | None, image_size: str | None, scale: 
             raise InputError(f"--image-size {image_size}: give height and width as in 224x224") from None
         size = (height, width)
     return DataOptions(data, samples, size, scale, seed)
+
+
+def _asked(rtol: float | None, atol: float | None, policy: str | None) -> Law | None:
+    """What the user wants candidates to be judged by; None: nothing was said."""
+    from deploykit.compare import policy_from
+
+    return None if (rtol, atol, policy) == (None, None, None) else policy_from(rtol, atol, policy)
 
 
 def _batch(text: str) -> int | None:
@@ -474,6 +496,8 @@ def export(
     output: Out = None,
     no_fuse: Annotated[bool, typer.Option("--no-fuse", help="Export the model as it is.")] = False,
     no_lower: NoLower = False,
+    layout: Layout = "nhwc",
+    precision: Precision = "fp32",
     opset: Opset = 18,
     batch: Batch = "dynamic",
     keep: Keep = None,
@@ -519,6 +543,8 @@ def export(
                 batch=size,
                 seed=seed,
                 lowering=not no_lower,
+                layout=layout,
+                precision=precision,
                 force=force,
                 progress=terminal.progress,
                 clock=clock,
@@ -527,6 +553,8 @@ def export(
             "opset": opset,
             "size_bytes": result.exported.bytes,
             "lowered": dict(result.exported.lowered),
+            "layout": layout,
+            "precision": precision,
             "fuse": fused_part(loaded, result) if loaded.opaque or not no_fuse else None,
             "check": result.check,
         }
@@ -587,7 +615,7 @@ def check(
     """Compare candidates with the model that was trained, in float64; or a bundle with its golden data."""
     read = [reference, *(candidates or ()), weights, data]
     with _terminal(json, quiet, verbose, force, read) as terminal:
-        from deploykit.compare import Tolerance, policy_from
+        from deploykit.compare import Tolerance
         from deploykit.files import claim
         from deploykit.report.delivery import claim_targets
 
@@ -598,7 +626,7 @@ def check(
             claim(save_worst, force=force, inputs=read)
         terminal.targets = claim_targets(wanted, force=force, inputs=read, others={"json": json})
 
-        law = policy_from(rtol, atol, policy)
+        law = _asked(rtol, atol, policy)
         if not candidates:
             _check_bundle(terminal, reference)
             return
@@ -807,6 +835,8 @@ def deploy(
         str | None, typer.Option("--class-names", metavar="A,B,...", help="Stored in the bundle.")
     ] = None,
     no_lower: NoLower = False,
+    layout: Layout = "nhwc",
+    precision: Precision = "fp32",
     policy: PolicyName = None,
     rtol: Rtol = None,
     atol: Atol = None,
@@ -827,12 +857,11 @@ def deploy(
 ) -> None:
     """Load, fuse, export, check, time, and write a bundle that proves itself."""
     with _terminal(json, quiet, verbose, force, [model, weights, data, output]) as terminal:
-        from deploykit.compare import policy_from
         from deploykit.files import claim
         from deploykit.verify import MANIFEST
 
         claim(output, force=force, folder=MANIFEST, inputs=(model, weights, data))
-        size, law = _batch(batch), policy_from(rtol, atol, policy)
+        size, law = _batch(batch), _asked(rtol, atol, policy)
         terminal.progress("loading")
         from deploykit.deploy import Clock
         from deploykit.deploy import deploy as run
@@ -855,6 +884,8 @@ def deploy(
                 class_names=class_names.split(",") if class_names else None,
                 lowering=not no_lower,
                 tune_session=tune_session,
+                layout=layout,
+                precision=precision,
                 force=force,
                 progress=terminal.progress,
                 clock=clock,

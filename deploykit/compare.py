@@ -39,11 +39,17 @@ Array = NDArray[Any]
 Law = Policy | Fidelity | Tolerance
 
 
-def policy_from(rtol: float | None = None, atol: float | None = None, precision: str | None = None) -> Law:
-    """The user's tolerance if there is one (a missing half is 0), otherwise the policy of the precision (float32)."""
+def policy_from(
+    rtol: float | None = None,
+    atol: float | None = None,
+    precision: str | None = None,
+    *,
+    default: str = verify.FLOAT32.name,
+) -> Law:
+    """The user's tolerance if there is one (a missing half is 0), otherwise the policy of the precision."""
     if precision is not None and (rtol is not None or atol is not None):
         raise InputError(f"--rtol and --atol take the place of the policy {precision}; give one or the other")
-    precision = precision or verify.FLOAT32.name
+    precision = precision or default
     if rtol is not None or atol is not None:
         with _explained(InputError):
             return Tolerance(0.0 if rtol is None else rtol, 0.0 if atol is None else atol)

@@ -21,6 +21,7 @@ from typing import Any
 
 import deploykit
 from deploykit import bundle as bundles
+from deploykit import layout as layouts
 from deploykit import recommendation, verify
 from deploykit.archive import write_keras
 from deploykit.bench import PROCESSES, BenchReport, bench
@@ -31,6 +32,7 @@ from deploykit.data import Samples, Stream, open_samples, synthesize
 from deploykit.environment import environment
 from deploykit.errors import DataError, DeploykitError, ProofError
 from deploykit.export import ALL_LOWERINGS, Exported, export, export_stock
+from deploykit.export import precision as narrowing
 from deploykit.files import claim, whole_folder
 from deploykit.fuse import Fused, fuse
 from deploykit.graph import signature as signature_of
@@ -48,6 +50,7 @@ Progress = Callable[[str], None]
 SYNTHETIC = 64  # samples of a check without data
 OURS = "deploykit"  # the candidate that a deployment is about
 PLAIN, LOWERED = "deploykit, not lowered", "deploykit, lowered"  # the other file, if lowering changed anything
+LAYOUT_SAID = {layouts.NHWC: "the axes of the Keras model, batch first", layouts.NCHW: layouts.SAID}  # in manifests
 REAL = 256  # samples of a deployment with data, unless the user says otherwise
 
 
@@ -219,6 +222,8 @@ def export_checked(
     policy: Law | None = None,
     seed: int = 0,
     lowering: bool = True,
+    layout: str = layouts.NHWC,
+    precision: str = narrowing.FP32,
     spare: Path | None = None,
     force: bool = False,
     progress: Progress = silent,
@@ -226,12 +231,17 @@ def export_checked(
 ) -> Checked:
     """Fuse, export and compare; ``path`` exists afterwards only when the comparison passed and is evidence.
 
+    ``layout`` and ``precision`` are those of `deploykit.export`. Where no ``policy`` is given the file is judged by
+    that of its precision, and the fused Keras model, which is float32 in any case, by that of float32.
+
     ``own_samples``: the samples are the user's and serve the proof of the fusing, too. A lowered file is compared
     beside the one without lowering: where it alone does not pass, the other is written. ``spare``: where to keep that
     other one.
     """
     path = claim(path, force=force, inputs=(loaded.path,))
-    policy, clock = policy or policy_from(), clock or Clock()
+    common_policy = policy or policy_from()
+    policy = policy or policy_from(default=narrowing.POLICY[narrowing.known(precision)])
+    clock = clock or Clock()
     model, fused = loaded.model, None
     notices = list(loaded.notices)
     findings: list[dict[str, str]] = []
@@ -260,6 +270,8 @@ def export_checked(
             metadata=metadata(loaded, fused),
             without=() if lowering else ALL_LOWERINGS,
             unlowered=plain / path.name,
+            layout=layout,
+            precision=precision,
         )
         clock.lap("export")
         progress("checking against the float64 reference")
@@ -269,10 +281,11 @@ def export_checked(
         files = [exported.path] if exported.unlowered is None else [exported.path, exported.unlowered]
         ours = [Candidate(path.name, file, "onnxruntime-cpu") for file in files]
         keras_one = [] if fused is None else [Candidate("fused Keras model", fused.model, "keras")]
-        if batch is None:
+        if batch is None and common_policy == policy:
             comparisons = check(reference, [*keras_one, *ours], policy, progress=progress)
         else:
-            comparisons = (*check(reference, keras_one, policy), *check(shipped, ours, policy, progress=progress))
+            common_ones = check(reference, keras_one, common_policy)
+            comparisons = (*common_ones, *check(shipped, ours, policy, progress=progress))
         common, judged = comparisons[: len(keras_one)], comparisons[len(keras_one) :]
         found, *others = (body(shipped, (*common, comparison), policy) for comparison in judged)
         other = None
@@ -327,6 +340,8 @@ def deploy(
     seconds: float = 4.0,
     class_names: Sequence[str] | None = None,
     lowering: bool = True,
+    layout: str = layouts.NHWC,
+    precision: str = narrowing.FP32,
     processes: int = PROCESSES,
     tune_session: bool = False,
     force: bool = False,
@@ -335,11 +350,12 @@ def deploy(
 ) -> Report:
     """Make the bundle ``out`` from a loaded model; returns the ``deploykit.deploy/1`` report.
 
-    A lowered file that turns out slower than the same without ``lowering`` is not shipped; the other one is.
+    A lowered file that turns out slower than the same without ``lowering`` is not shipped; the other one is. ``layout``
+    and ``precision`` are those of `deploykit.export`; without a ``policy`` a float16 file is judged by that of float16.
     ``tune_session``: its session settings are chosen by measurement (`deploykit.tuning`), as a last step.
-    ``batch`` fixes the batch size of the file; None leaves it free. ``threads``, ``seconds`` (per candidate)
-    and ``processes`` are those of `deploykit.bench`. Raises ProofError, with the report so far in its
-    ``report`` attribute, when the result is not equivalent, and OutputError when ``out`` cannot be written.
+    ``batch`` fixes the batch size of the file; None leaves it free. ``threads``, ``seconds`` (per candidate) and
+    ``processes`` are those of `deploykit.bench`. Raises ProofError, with the report so far in its ``report`` attribute,
+    when the result is not equivalent, and OutputError when ``out`` cannot be written.
     """
     data, clock = data or DataOptions(), clock or Clock()
     out = claim(out, force=force, folder=verify.MANIFEST, inputs=(loaded.path, data.data))
@@ -359,6 +375,8 @@ def deploy(
             policy=policy,
             seed=data.seed,
             lowering=lowering,
+            layout=layout,
+            precision=precision,
             spare=room / "plain.onnx",
             progress=progress,
             clock=clock,
@@ -366,7 +384,8 @@ def deploy(
         if made.refused is not None:
             report = _report(loaded, made, {}, {"bundle": None}, clock, ())
             raise failed(f"{loaded.path}: {made.refused}; nothing was written", report)
-        trials = recommendation.tried(made.exported.path, made.reference, policy or policy_from())
+        law = policy or policy_from(default=narrowing.POLICY[precision])
+        trials = recommendation.tried(made.exported.path, made.reference, law)
         clock.lap("check")
         timed = _timed(loaded, made, room, samples, opset, trials)
         clock.lap("export")
@@ -384,6 +403,8 @@ def deploy(
         clock.lap("bench")
         shipped, measured = _faster(made, measured)
         best = recommendation.recommended(measured, OURS, trials if shipped is made else ())
+        if precision == narrowing.FP16:
+            shipped.notices.append(_half_here(measured, batch or 1))
         with whole_folder(out, mark=verify.MANIFEST, force=force) as folder:
             report = _fill(folder, out, loaded, shipped, measured.to_json(), best, clock, class_names)
             if tune_session:
@@ -475,6 +496,15 @@ def _faster(made: Checked, measured: BenchReport) -> tuple[Checked, BenchReport]
     )
 
 
+def _half_here(measured: BenchReport, batch: int) -> str:
+    """What float16 did on this CPU: the times of the file over those of the others."""
+    others = dict.fromkeys(timing.candidate.name for timing in measured.timings if timing.candidate.name != OURS)
+    pairs = [measured.comparison(OURS, name, batch) for name in others]
+    said = [f"{pair.ratio.ratio:.2f}x that of {pair.b}" for pair in pairs if pair.ratio and pair.ratio.ratio]
+    here = f"its time was {', '.join(said)}" if said else "nothing could be measured beside it"
+    return f"float16 is meant for GPUs; on this CPU {here}"
+
+
 def _report(
     loaded: Loaded,
     made: Checked,
@@ -492,6 +522,8 @@ def _report(
         reason=reason,
         body={
             "source": source_json(loaded),
+            "layout": made.exported.layout,
+            "precision": made.exported.precision,
             "fuse": fused_part(loaded, made),
             "check": made.check,
             "bench": dict(bench_body),
@@ -515,7 +547,7 @@ def _fill(
     class_names: Sequence[str] | None,
 ) -> Report:
     """Write everything into the bundle's folder, the manifest last."""
-    exported, reference = made.exported, made.reference
+    exported, reference = made.exported, bundles.in_layout(made.reference, made.exported.layout)
     for file in sorted(exported.path.parent.glob(f"{exported.path.name}*")):
         shutil.copyfile(file, folder / file.name.replace(exported.path.name, "model.onnx", 1))
     golden = bundles.write_golden(folder, reference)
@@ -546,7 +578,7 @@ def _fill(
         "source": {"name": loaded.path.name, "sha256": loaded.sha256, "saved_by": loaded.saved_by},
         "signature": more["signature"],
         "preprocessing": f"inside the model: {', '.join(sorted(inside))}" if inside else "none inside the model",
-        "layout": "the axes of the Keras model, batch first",
+        "layout": LAYOUT_SAID[exported.layout],
         "class_names": list(class_names) if class_names else None,
         "policy": made.check["policy"],
         "golden": golden,

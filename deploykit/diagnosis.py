@@ -35,7 +35,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from deploykit import runtimes
 from deploykit.bisect import LayerReport, layer_errors, twin_of
 from deploykit.check import Candidate, Comparison, Reference
 from deploykit.compare import Fidelity, Law, Policy, Tolerance
@@ -43,6 +42,7 @@ from deploykit.errors import DeploykitError, InputError
 from deploykit.gradients import GradientReport, input_gradients
 from deploykit.load import load
 from deploykit.opaque import graph_of
+from deploykit.runtimes import trained
 from deploykit.verify import FLOAT32
 from deploykit.worst_case import Box, WorstCase, boxes_of, search
 
@@ -249,7 +249,7 @@ class _Closer:
                 self.notices.append(f"{self.wishes.save} holds the worst input found, that of {name}{share}")
 
     def searched(self, place: int, candidate: Candidate, arrays: Arrays, boxes: Mapping[str, Box]) -> WorstCase:
-        with contextlib.closing(runtimes.open(candidate.runtime, self.model(place))) as session:
+        with contextlib.closing(trained.open(candidate.runtime, self.model(place))) as session:
             return search(
                 self.original,
                 session,

@@ -3,6 +3,11 @@
 The candidates are opened by name, the reference is evaluated, all are judged (`deploykit.check`), what failed is looked
 at closer (`deploykit.diagnosis`), and what that proves is said once (`deploykit.report.evidence`).
 
+The caller says by which policy. Without one it is float32's, unless every candidate is a file that says that it was
+exported in float16: then it is float16's, and the first notice says so, because a file must not choose its judge
+unnoticed. Whoever runs a gate (`deploykit ci`, the pytest fixture) always names one, and a float16 file fails there
+until somebody writes down that float16 is good enough; a notice says how.
+
 A candidate that cannot be judged at all (a file that is missing, damaged, or of a runtime that is not installed) stays
 in the report with ``error``, and the others go on. What is known to be wrong is told first: the check fails if a
 candidate fails, and is an error only if none does.
@@ -17,14 +22,18 @@ from pathlib import Path
 from typing import Any
 
 from deploykit.check import Candidate, Comparison, body, candidate_for, check, make_reference
-from deploykit.compare import Law
+from deploykit.compare import Law, policy_from
 from deploykit.data import Samples, Stream
 from deploykit.deploy import Clock, DataOptions, Progress, samples_for, silent
 from deploykit.diagnosis import Wishes, diagnosed
 from deploykit.errors import DeploykitError
+from deploykit.export.precision import FP16, POLICY, PROPERTY
 from deploykit.load import Loaded
 from deploykit.report import evidence
 from deploykit.runtimes import known
+from deploykit.runtimes.files import stated
+
+HALF = POLICY[FP16]
 
 
 @dataclass(frozen=True)
@@ -32,7 +41,7 @@ class Equivalence:
     """The keys of ``deploykit.check/1``, and what they amount to.
 
     ``error``: what kept a candidate from being judged, where nothing worse was found; then ``passed`` is False.
-    ``explained``: where the error of each candidate begins, a line for each.
+    ``explained``: where the error of each candidate begins, and by what it was judged if it says that it is less.
     """
 
     body: dict[str, Any]
@@ -53,7 +62,7 @@ def equivalence(
     candidates: Sequence[Any],
     *,
     data: DataOptions | Callable[[Any], Samples | Stream],
-    policy: Law,
+    policy: Law | None,
     runtime: str | None = None,
     wishes: Wishes | None = None,
     progress: Progress = silent,
@@ -62,14 +71,15 @@ def equivalence(
 ) -> Equivalence:
     """Compare candidates (paths or keras.Models) with a `Loaded` or keras.Model.
 
-    ``data``: options, or a function that gives the samples of a model; all of them are used. ``trust``: the options of
-    `deploykit.load` for candidates that are Keras files. ``passed`` says what the exit code of `deploykit check` says.
-    Raises what the reference and the samples raise.
+    ``policy`` None: as the module says. ``data``: options, or a function that gives the samples of a model; all of them
+    are used. ``trust``: the options of `deploykit.load` for candidates that are Keras files. ``passed`` says what the
+    exit code of `deploykit check` says. Raises what the reference and the samples raise.
     """
     clock, wishes = clock or Clock(), wishes or Wishes()
     if runtime is not None:
         known(runtime)
     chosen = [_candidate(candidate, runtime, trust) for candidate in candidates]
+    policy, words = _judge(chosen, policy)
     loaded = reference if isinstance(reference, Loaded) else None
     model = loaded.model if loaded else reference
     samples = data(model) if callable(data) else samples_for(model, data)
@@ -90,8 +100,22 @@ def equivalence(
     proven, reason = (False, failed) if failed is not None and found["passed"] else evidence.verdict(found)
     objection = failed or evidence.objection(found)
     found["passed"] = objection is None
-    notices = [*(loaded.notices if loaded else ()), *right.notices, *evidence.excluded(found), *closer.notices]
-    return Equivalence(found, proven, reason, tuple(notices), closer.written, error, closer.explained)
+    notices = [*words, *(loaded.notices if loaded else ()), *right.notices, *evidence.excluded(found), *closer.notices]
+    return Equivalence(found, proven, reason, tuple(notices), closer.written, error, (*closer.explained, *words))
+
+
+def _judge(chosen: Sequence[Candidate], policy: Law | None) -> tuple[Law, list[str]]:
+    """The policy to judge by, and what there is to say about files that say of themselves that they are less."""
+    half = [candidate.name for candidate in chosen if stated(candidate.model).get(PROPERTY) == HALF]
+    if policy is None and len(half) == len(chosen) > 0:
+        told = f"judged by the {HALF} policy, because {', '.join(half)} says that it was exported so"
+        return policy_from(default=HALF), [f"{told}; --policy float32 asks for more"]
+    policy = policy or policy_from()
+    if policy != policy_from():
+        return policy, []
+    return policy, [
+        f"{name} says that it was exported in {HALF}; to judge it so, give the policy {HALF}" for name in half
+    ]
 
 
 def _candidate(given: Any, runtime: str | None, trust: dict[str, Any]) -> Candidate:

@@ -20,6 +20,7 @@ from deploykit.data import Samples, read_samples, synthesize
 from deploykit.deploy import REAL, SYNTHETIC, Clock, DataOptions, Progress, silent
 from deploykit.errors import InputError
 from deploykit.profiling import profile
+from deploykit.runtimes import trained
 from deploykit.runtimes.process import require_gpu
 from deploykit.signature import Signature
 from deploykit.tuning import refuse_profiled, save, tune
@@ -204,7 +205,7 @@ def given(model: Path, data: DataOptions, sizes: Sequence[int] = ()) -> tuple[li
 
 def _signature(model: Path) -> Signature:
     candidate = candidate_for(model)
-    session = runtimes.open(candidate.runtime, candidate.model)
+    session = trained.open(candidate.runtime, candidate.model)
     try:
         return session.signature
     finally:

@@ -61,6 +61,7 @@ from deploykit.errors import DataError, InputError, LoadError
 from deploykit.flops import Call, Shape, bytes_moved, flops, graph_flops, kind
 from deploykit.runtimes import RUNTIMES, Array, fitted
 from deploykit.runtimes.files import file_of, onnx_signature, read_onnx
+from deploykit.runtimes.trained import inputs_for
 
 __all__ = ["RUNTIME", "LayerTime", "NodeTime", "Profile", "Roofline", "profile", "roofline"]
 
@@ -267,10 +268,11 @@ def profile(
 ) -> Profile:
     """Profile an ONNX file on the CPU.
 
-    ``inputs`` are arrays by input name; with ``batch`` their samples (axis 0) are repeated or cut to that many, else
-    they are fed as they are. ``threads`` defaults to the physical cores that this process may use. ``seconds`` is how
-    long it runs, half of it under the profiler; loading and the roofline (measured once per process and number of
-    threads) are not counted. The optimised graph goes to a temporary folder, which needs as much room as the file.
+    ``inputs`` are arrays by input name, in the trained model's layout; with ``batch`` their samples (axis 0) are
+    repeated or cut to that many, else they are fed as they are. ``threads`` defaults to the physical cores that this
+    process may use. ``seconds`` is how long it runs, half of it under the profiler; loading and the roofline (measured
+    once per process and number of threads) are not counted. The optimised graph goes to a temporary folder, which needs
+    as much room as the file.
 
     Raises InputError for a file that is no .onnx or a request that makes no sense, LoadError for a file that ONNX
     Runtime refuses, DataError for inputs that do not fit.
@@ -282,7 +284,7 @@ def profile(
         raise InputError(f"cannot profile with threads={threads}, batch={batch}, seconds={seconds}; give positive ones")
     path = file_of(NAME, model)
     proto = read_onnx(NAME, path, weights=False)
-    feed = _fed(proto, inputs, batch)
+    feed = _fed(proto, inputs_for(path, inputs), batch)
     shapes = {name: array.shape for name, array in feed.items()}
     with tempfile.TemporaryDirectory(prefix="deploykit-profile-") as folder:
         np.savez(Path(folder, "inputs.npz"), **feed)  # type: ignore[arg-type]  # a name is never allow_pickle's

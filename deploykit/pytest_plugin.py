@@ -35,12 +35,14 @@ _BUNDLES = pytest.StashKey[tuple[Path, ...]]()
 def assert_equivalent() -> Callable[..., dict[str, Any]]:
     """A function that compares a candidate with the trained model in float64 and fails the test where they differ.
 
-    ``assert_equivalent(reference, candidate, *, data=None, samples=None, rtol=None, atol=None, runtime=None)``
+    ``assert_equivalent(reference, candidate, *, data=None, samples=None, rtol=None, atol=None, policy=None,
+    runtime=None)``
 
     ``reference`` and ``candidate`` are paths (the candidate also that of a bundle) or keras.Models. ``data`` is what
     --data takes, an array for a model with one input, or arrays by input name; without it inputs are made up.
-    ``samples`` bounds their number. Returns the ``deploykit.check/1`` report. Raises AssertionError where the
-    candidate is not equivalent and DeploykitError for whatever cannot be read or compared.
+    ``samples`` bounds their number. ``policy`` is that of --policy, and float32's whatever the candidate says of
+    itself. Returns the ``deploykit.check/1`` report. Raises AssertionError where the candidate is not equivalent and
+    DeploykitError for whatever cannot be read or compared.
     """
     return _assert_equivalent
 
@@ -53,6 +55,7 @@ def _assert_equivalent(
     samples: int | None = None,
     rtol: float | None = None,
     atol: float | None = None,
+    policy: str | None = None,
     runtime: str | None = None,
 ) -> dict[str, Any]:
     __tracebackhide__ = True
@@ -65,13 +68,13 @@ def _assert_equivalent(
     from deploykit.report import Report
 
     begin = time.perf_counter()
-    policy = policy_from(rtol, atol)
+    law = policy_from(rtol, atol, policy)
     plain = data is None or isinstance(data, (str, os.PathLike))
     found = equivalence(
         load(reference) if _is_path(_model(reference)) else reference,
         [_model(candidate)],
         data=DataOptions(None if data is None else os.fspath(data), samples) if plain else _given(data, samples),
-        policy=policy,
+        policy=law,
         runtime=runtime,
     )
     report = Report(
@@ -89,6 +92,7 @@ def _assert_equivalent(
         raise found.error
     if not found.passed:
         options = {"--data": data if plain else GIVEN, "--samples": samples, "--rtol": rtol, "--atol": atol}
+        options["--policy"] = policy
         raise AssertionError(_message(report, reference, candidate, {**options, "--runtime": runtime}, found.explained))
     return report
 

@@ -53,6 +53,7 @@ from deploykit.bench import PROCESSES, SETTABLE, TIMEOUT_S, BenchReport, Candida
 from deploykit.errors import DataError, InputError, OutputError
 from deploykit.files import sha256, whole_file
 from deploykit.runtimes.process import NoAnswerError, Process
+from deploykit.runtimes.trained import inputs_for
 from deploykit.verify import Bundle, Judge, Profile, SessionSettings
 
 Array = npt.NDArray[Any]
@@ -288,7 +289,7 @@ def _golden_proof(model: Path, bundle: Bundle) -> Proof:
 
 
 def _own_proof(model: Path, default: SessionSettings, inputs: Arrays, batch: int) -> Proof:
-    pieces = list(_pieces(inputs, batch))
+    pieces = list(_pieces(inputs_for(model, inputs), batch))
     kept: list[list[dict[str, Array]]] = []  # the default's answers, once they are asked for
 
     def proof(settings: SessionSettings) -> str | None:

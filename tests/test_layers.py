@@ -19,7 +19,7 @@ ORDER = [
     {"fuse", "export", "load", "runtimes", "archive", "health"},
     {"graph", "channels", "opaque"},
     {"affine", "compare", "stats", "noise", "flops", "report", "data", "environment"},
-    {"verify", "errors", "signature", "files", "modules"},
+    {"verify", "errors", "signature", "files", "modules", "layout"},
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 FRAMEWORKS = {"keras", "tensorflow", "tf2onnx"}

@@ -12,6 +12,7 @@ from onnx_ir.passes.common import ShapeInferencePass
 
 from deploykit.errors import UnsupportedModelError
 from deploykit.export.lowering import layout
+from deploykit.layout import TO_NCHW, TO_NHWC, permuted
 from deploykit.signature import Signature, TensorSpec
 
 X = np.random.default_rng(2).normal(size=(2, 6, 5, 3)).astype(np.float32)
@@ -101,6 +102,7 @@ def test_the_signature_of_the_file():
         (TensorSpec("x", (None, 6, 5, 3), "float32", 0, 255), TensorSpec("more", (None, 7), "int32")),
         (TensorSpec("y", (None, 4, 3, 8), "float32"),),
     )
-    found = layout.signature(of)
+    found = permuted(of, TO_NCHW)
     assert found.inputs == (TensorSpec("x", (None, 3, 6, 5), "float32", 0, 255), TensorSpec("more", (None, 7), "int32"))
     assert found.outputs == (TensorSpec("y", (None, 8, 4, 3), "float32"),)
+    assert permuted(found, TO_NHWC) == of

@@ -297,6 +297,16 @@ def test_answers_within_rounding_are_the_same(tmp_path):
     assert tuning._first_failure(judge.conclude()).startswith("output y: whole output")
 
 
+def test_a_file_in_nchw_is_given_its_own_layout(tmp_path):
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 3, 4, 5]) for name in "xy"]
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "net", ends[:1], ends[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    helper.set_model_props(model, {"deploykit.layout": "NCHW"})
+    onnx.save(model, tmp_path / "m.onnx")
+    images = {"x": np.random.default_rng(0).standard_normal((4, 4, 5, 3)).astype(np.float32)}
+    assert tuning._own_proof(tmp_path / "m.onnx", ONE, images, 2)(CALM) is None
+
+
 def test_a_model_that_does_not_run_is_refused(tmp_path):
     (tmp_path / "m.onnx").write_bytes(b"nonsense")
     with pytest.raises(InputError, match="does not run with threads 1"):

@@ -4,12 +4,14 @@
 and output names, names nodes after layers, and refuses in one line what cannot be exported. `export_stock`
 is what people run today, as the baseline to compare with.
 
-The steps are `tracing` (Keras to ONNX), `lowering` (the same function in operations that run faster), `canonical`
-(names and order) and the writing here. A file is written whole or not at all; with external data the old model
-goes first and the new model comes last, so that a model never stands beside data that is not its own.
+The steps are `tracing` (Keras to ONNX), `lowering` (the same function in operations that run faster), on request
+`lowering.layout` (NCHW at the edge) and `precision` (float16 inside), `canonical` (names and order) and the writing
+here. A file is written whole or not at all; with external data the old model goes first and the new model comes last,
+so that a model never stands beside data that is not its own.
 
-Limits: no layers that keep state between calls (``stateful=True``), no string, sparse or ragged inputs,
-no operation that tf2onnx lacks. Opsets 13 to 18. A model above 2 GB is not lowered: its constants are not in the graph.
+Limits: no layers that keep state between calls (``stateful=True``), no string, sparse or ragged inputs, no operation
+that tf2onnx lacks. Opsets 13 to 18. A model above 2 GB is not lowered: its constants are not in the graph. For the same
+reason it has no other layout and precision than its own.
 """
 
 from __future__ import annotations
@@ -23,13 +25,18 @@ from typing import Any
 import keras
 import numpy.typing as npt
 import onnx
+import onnx_ir as ir
 import tensorflow as tf
 import tf2onnx
+from onnx_ir.passes.common import ShapeInferencePass
 
 import deploykit
+from deploykit import layout as layouts
 from deploykit import runtimes
 from deploykit.errors import DeploykitError, InputError, UnsupportedModelError
 from deploykit.export import canonical, lowering, tracing
+from deploykit.export import precision as narrowing
+from deploykit.export.lowering import layout as edge
 from deploykit.files import claim, whole_file
 from deploykit.graph import flat_call
 from deploykit.graph import signature as signature_of
@@ -50,8 +57,8 @@ PLAIN, STOCK, STOCK_FROZEN = "deploykit", "stock", "stock, captures frozen"
 class Exported:
     """What was written. ``bytes`` counts the external data too; ``kind`` says which exporter made it.
 
-    ``lowered``: how many places each lowering rewrote. ``unlowered``: the same file without lowering, where that was
-    asked for and differs.
+    ``signature`` is the file's own, in its ``layout``. ``lowered``: how many places each lowering rewrote.
+    ``unlowered``: the same file without lowering, where that was asked for and differs.
     """
 
     path: Path
@@ -64,6 +71,8 @@ class Exported:
     operations: int = 0  # nodes that compute something
     lowered: Mapping[str, int] = field(default_factory=dict)
     unlowered: Path | None = None
+    layout: str = layouts.NHWC
+    precision: str = narrowing.FP32
 
 
 def export(
@@ -77,8 +86,13 @@ def export(
     external_above: int = EXTERNAL_ABOVE_BYTES,
     without: Collection[str] = (),
     unlowered: str | os.PathLike[str] | None = None,
+    layout: str = layouts.NHWC,
+    precision: str = narrowing.FP32,
 ) -> Exported:
     """Write ``model`` as ONNX, with the names, shapes and dtypes it has in Keras.
+
+    ``layout`` "nchw": but images (inputs and outputs of rank 4) are NCHW. ``precision`` "fp16": it computes in float16,
+    and inputs and outputs keep their dtypes. The file's metadata say so.
 
     ``batch`` fixes the batch size; None leaves it free. ``metadata`` goes into the file's ``metadata_props``.
     ``without`` names the lowerings to leave out; ``unlowered`` is where to write the file without any, too, if one
@@ -87,6 +101,7 @@ def export(
     where the file exists (without ``force``) or cannot be written.
     """
     path = claim(path, force=force)
+    wanted = _Wanted(layouts.known(layout), narrowing.known(precision))
     signature = _fixed(_exportable(model), batch)
     paths: dict[str, str] = {}
     with tracing.recorded() as records:
@@ -98,22 +113,96 @@ def export(
         frozen = tracing.freeze(function, paths, outside_bytes=outside)
         converted, contents, notices = tracing.convert(frozen, opset, records)
 
+    if contents and wanted.changes:
+        raise UnsupportedModelError(
+            "the model's constants are too large for one file, so that it can only be exported as it is;"
+            f" leave out {' and '.join(wanted.changes)}"
+        )
+    record = {**(metadata or {}), **wanted.metadata()}
+
     def written(proto: Any, path: Path) -> tuple[int, bool]:
-        new = canonical.canonicalise(proto, signature, _known(frozen), model.name, opset)
+        new = canonical.canonicalise(proto, wanted.signature(signature), _known(frozen), model.name, opset)
         outside = {new[name]: content for name, content in contents.items() if name in new}
         proto.producer_name, proto.producer_version = "deploykit", deploykit.__version__
-        onnx.helper.set_model_props(proto, dict(sorted((metadata or {}).items())))
+        onnx.helper.set_model_props(proto, dict(sorted(record.items())))
         return _write(proto, outside, path, force=force, external_above=external_above)
 
     proto, lowered = (converted, {}) if contents else lowering.lower(converted, without=without)
-    size, external = written(proto, path)
+    proto, more = wanted.applied(proto, signature)
+    notices += more
     plain = claim(unlowered, force=force) if unlowered is not None and any(lowered.values()) else None
+    if plain is not None:
+        converted, more = wanted.beside(converted, signature)
+        notices += more
+        plain = None if converted is None else plain
+    size, external = written(proto, path)
     if plain is not None:
         written(converted, plain)
     operations = sum(node.op_type not in ("Identity", "Constant") for node in proto.graph.node)
     return Exported(
-        path, opset, signature, size, tuple(notices), external, operations=operations, lowered=lowered, unlowered=plain
+        path,
+        opset,
+        wanted.signature(signature),
+        size,
+        tuple(notices),
+        external,
+        operations=operations,
+        lowered=lowered,
+        unlowered=plain,
+        layout=layout,
+        precision=precision,
     )
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What a file has otherwise than the model, because the user wants it so."""
+
+    layout: str
+    precision: str
+
+    @property
+    def changes(self) -> list[str]:
+        """The options that say so."""
+        given = (("layout", self.layout, layouts.NHWC), ("precision", self.precision, narrowing.FP32))
+        return [f"--{name} {value}" for name, value, default in given if value != default]
+
+    def metadata(self) -> dict[str, str]:
+        """What the file says of it."""
+        turned = {layouts.PROPERTY: self.layout.upper()} if self.layout == layouts.NCHW else {}
+        half = {narrowing.PROPERTY: narrowing.POLICY[self.precision]} if self.precision == narrowing.FP16 else {}
+        return turned | half
+
+    def signature(self, of: Signature) -> Signature:
+        """The file's, of a model's."""
+        return layouts.permuted(of, layouts.TO_NCHW) if self.layout == layouts.NCHW else of
+
+    def beside(self, proto: Any, signature: Signature) -> tuple[Any | None, list[str]]:
+        """The same of the graph without lowering; None, and why, where it cannot be had without."""
+        try:
+            return self.applied(proto, signature)[0], []
+        except UnsupportedModelError as error:
+            return None, [f"no file without lowering beside it: {error}"]
+
+    def applied(self, proto: Any, signature: Signature) -> tuple[Any, list[str]]:
+        """The graph as it is wanted, and what there is to say about it."""
+        if not self.changes:
+            return proto, []
+        canonical.rename_io(proto, signature)  # for what is said of them
+        model, notices = ir.from_proto(proto), []
+        for values, specs in ((model.graph.inputs, signature.inputs), (model.graph.outputs, signature.outputs)):
+            for value, spec in zip(values, specs, strict=True):
+                if value.shape is None:
+                    value.shape = ir.Shape(spec.shape)
+        infer = ShapeInferencePass(strict_mode=False)
+        infer(model)
+        if self.layout == layouts.NCHW:
+            edge.nchw(model)
+            infer(model)
+            notices.append("images go in and come out as NCHW: transpose what is NHWC before it is given to the file")
+        if self.precision == narrowing.FP16:
+            notices += narrowing.to_float16(model).notices()
+        return ir.to_proto(model), notices
 
 
 def export_stock(

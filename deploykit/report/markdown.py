@@ -12,6 +12,12 @@ from deploykit.report.wording import fastest, milliseconds, origin, ratio, size,
 
 Json = Mapping[str, Any]
 
+# What the options of an export mean for whoever uses the file.
+CARD = {
+    "nchw": "Images go in and come out as NCHW: batch, channels, height, width. The trained model has NHWC.",
+    "fp16": "Weights and arithmetic are float16, for GPUs; inputs and outputs have the dtypes below.",
+}
+
 
 def _sizes(spec: Json) -> str:
     return "[" + ", ".join("any" if s is None else str(s) for s in spec["shape"]) + "]"
@@ -107,6 +113,7 @@ def model_card(report: Json) -> str:
         f"sha256 `{source['sha256'][:16]}...`).",
         f"`model.onnx` has opset {report['opset']} and runs on ONNX Runtime {report['oldest_onnxruntime'] or '?'} "
         "and later.",
+        *(CARD[key] for key in (report.get("layout"), report.get("precision")) if key in CARD),
         "",
         "## Use",
         "",

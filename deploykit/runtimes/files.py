@@ -1,7 +1,8 @@
 """What the runtimes that read a file share: the file, the session over it, ONNX graphs as they stand, quiet.
 
-`FileSession` checks what goes in and names what comes out; a runtime module only says how its library loads
-a file and computes. `silenced` is for native code that prints and cannot be told not to.
+`FileSession` checks what goes in and names what comes out; a runtime module only says how its library loads a file and
+computes. `stated` is what an .onnx file says of itself. `silenced` is for native code that prints and cannot be told
+not to.
 """
 
 from __future__ import annotations
@@ -99,6 +100,19 @@ def read_onnx(runtime: str, path: Path, *, weights: bool) -> Any:
     if not proto.graph.output:
         raise LoadError(f"{path} holds no graph with outputs; check that it is a complete .onnx file")
     return proto
+
+
+def stated(model: Any) -> dict[str, str]:
+    """The metadata_props of an .onnx file; nothing for everything else, and for a file that cannot be read."""
+    if not isinstance(model, str | os.PathLike) or Path(model).suffix.lower() != ".onnx":
+        return {}
+    import onnx  # not every runtime needs it
+
+    try:
+        proto = onnx.load_model(model, load_external_data=False)
+    except Exception:  # protobuf's and onnx's own; whoever opens the file says what is wrong with it
+        return {}
+    return {entry.key: entry.value for entry in proto.metadata_props}
 
 
 def onnx_signature(graph: Any) -> Signature:

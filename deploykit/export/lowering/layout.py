@@ -6,7 +6,7 @@ changes its shape, and a Transpose to NHWC stands behind it. That one meets the 
 both. An output of rank 4 is turned the other way round.
 
 This changes what callers have to give and what they get, so it is an option of the export and no lowering:
-`signature` is what the file has instead of the model's own.
+`deploykit.layout` says what the file's signature is then, and what that does to arrays.
 
 Limits: rank 4 means an image, and all inputs and outputs of rank 4 are turned. An input whose Transpose would stay is
 refused: that net works on NCHW itself (``data_format="channels_first"``), or reads its input as no image.
@@ -14,26 +14,12 @@ refused: that net works on NCHW itself (``data_format="channels_first"``), or re
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import onnx_ir as ir
 
 from deploykit.errors import UnsupportedModelError
 from deploykit.export.lowering import transposes
 from deploykit.export.lowering.patterns import is_op
-from deploykit.signature import Signature, TensorSpec
-
-TO_NCHW, TO_NHWC = (0, 3, 1, 2), (0, 2, 3, 1)
-IMAGE_RANK = 4
-
-
-def signature(of: Signature) -> Signature:
-    """The signature of the file: the model's own, with NCHW for every tensor of rank 4."""
-    return Signature(tuple(map(_turned, of.inputs)), tuple(map(_turned, of.outputs)))
-
-
-def _turned(spec: TensorSpec) -> TensorSpec:
-    return replace(spec, shape=tuple(spec.shape[axis] for axis in TO_NCHW)) if len(spec.shape) == IMAGE_RANK else spec
+from deploykit.layout import IMAGE_RANK, TO_NCHW, TO_NHWC
 
 
 def nchw(model: ir.Model) -> int:
