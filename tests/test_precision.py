@@ -14,6 +14,7 @@ from onnx_ir.passes.common import ShapeInferencePass
 from deploykit.errors import InputError, UnsupportedModelError
 from deploykit.export.precision import Narrowed, known, to_float16
 from deploykit.runtimes.onnxruntime_cpu import PROVIDER, opened
+from deploykit.verify import SessionSettings
 
 RNG = np.random.default_rng(5)
 X = RNG.normal(size=(3, 4)).astype(np.float32)
@@ -122,7 +123,7 @@ def narrowed(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, Narrowed]:
 
 
 def run(proto: onnx.ModelProto, x: np.ndarray) -> list[np.ndarray]:
-    return opened(proto.SerializeToString(), PROVIDER, {}, 1, {}).run(None, {"x": x})
+    return opened(proto.SerializeToString(), PROVIDER, {}, SessionSettings(1), {}).run(None, {"x": x})
 
 
 @pytest.mark.parametrize(("body", "x", "single"), NETS.values(), ids=NETS)
