@@ -115,6 +115,8 @@ def verifier(bundle: str) -> Any:
         spec.loader.exec_module(module)
     except ImportError as error:
         raise RefusedError(f"{path} cannot be imported ({error}); run: pip install numpy onnxruntime-gpu") from None
+    except Exception as error:  # it was changed; its hash cannot be read before it runs
+        raise RefusedError(f"{path} is damaged ({type(error).__name__}); write the bundle again") from None
     if not hasattr(module, "Bound"):
         raise RefusedError(f"{path} is older than I/O binding; write the bundle again with deploykit deploy")
     return module
@@ -140,15 +142,13 @@ class Worker:
 
     def prove(self) -> dict[str, Any]:
         """Golden data through bound memory, whose first run saw zeros; a session for each set, as a graph needs."""
-        dtypes = {spec["name"]: self.verify.SIGNATURE_DTYPES[spec["dtype"]] for spec in self.bundle.outputs}
         found: list[Any] = []
         for golden in self.bundle.golden():
             session = self.session()
             bound = session.bound({name: self.verify.np.zeros_like(array) for name, array in golden.inputs.items()})
             bound.to_device(golden.inputs)
             bound.run()
-            answers = bound.from_device()
-            found += self.verify.judge_outputs(golden.outputs, answers, self.bundle.policy, golden.noises, dtypes)
+            found += session.judged(golden, bound.from_device())
         passed = bool(found) and self.verify.all_passed(found)
         levels = [output.snr_db for output in found if output.snr_db is not None]
         reasons = [str(output.reason) for output in found if output.reason]
@@ -487,6 +487,20 @@ def _parser() -> _Parser:
     return parser
 
 
+def _refuse_strangers(opened: list[Any]) -> None:
+    """The first bundle is the yardstick, float32; the second is the same model in float16."""
+    policies = [str(bundle.manifest.get("policy")) for bundle in opened]
+    if policies[0] in ("float16", "bfloat16", "int8"):
+        raise RefusedError(f"{opened[0].folder} is a {policies[0]} bundle; give the float32 one first")
+    sources = [(bundle.manifest.get("source") or {}).get("sha256") for bundle in opened]
+    if len(set(sources)) > 1:
+        raise RefusedError(
+            f"{opened[1].folder} was made from another model than {opened[0].folder}; give bundles of one"
+        )
+    if policies[1:] == ["float32"]:
+        raise RefusedError(f"{opened[1].folder} is a float32 bundle; make one with deploykit deploy --precision fp16")
+
+
 def _batches(text: str, fixed: Any) -> list[int]:
     try:
         found = [int(part) for part in text.split(",")]
@@ -500,13 +514,13 @@ def _batches(text: str, fixed: Any) -> list[int]:
 def check(options: argparse.Namespace) -> int:
     if options.rounds < 0:
         raise RefusedError(f"--rounds is {options.rounds}; give a number from 0 on")
-    if options.json and os.path.exists(options.json) and not options.force:
-        raise RefusedError(f"{options.json} exists already; choose another place, or --force to replace it")
-    if options.json and not os.path.isdir(os.path.dirname(os.path.abspath(options.json))):
-        raise RefusedError(f"{options.json} cannot be written: no such folder")
     bundles = [bundle for bundle in (options.bundle, options.float16) if bundle]
     verify = verifier(options.bundle)
     opened = [verifier(bundle).open_bundle(bundle) for bundle in bundles]  # a damaged one ends it before anything runs
+    if options.json:
+        for bundle in opened:  # none of its files may be replaced
+            verify._claim(options.json, bundle, options.force)
+    _refuse_strangers(opened)
     fixed = opened[0].inputs[0]["shape"][:1]
     batches = _batches(options.batches, fixed[0] if fixed else None)
     found = gpus()

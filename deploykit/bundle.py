@@ -29,7 +29,6 @@ from deploykit import layout as layouts
 from deploykit import verify
 from deploykit.check import Reference
 from deploykit.compare import Noise, noise_between
-from deploykit.data import Samples
 from deploykit.files import sha256
 
 Array = npt.NDArray[Any]
@@ -93,25 +92,16 @@ def _at_least(level: tuple[float, float], noise: Noise, reference: Array) -> Noi
     return replace(noise, l2=raised(noise.l2, sizes[0], level[0]), max_abs=raised(noise.max_abs, sizes[1], level[1]))
 
 
-def in_layout(reference: Reference, layout: str) -> Reference:
-    """The kept samples and answers of a reference in a file's own layout, which is what its golden data have."""
-    if layout == layouts.NHWC:
-        return reference
-    axes, head = layouts.TO_NCHW, reference.samples.head(reference.kept)
-    return replace(
-        reference,
-        signature=layouts.permuted(reference.signature, axes),
-        samples=Samples(layouts.transposed(head.arrays, axes), head.source, head.labels),
-        outputs=layouts.transposed(reference.outputs, axes),
-        original=layouts.transposed(reference.original, axes),
-        evaluate=None,
-        others=(),
-        again=None,
-    )
+def write_golden(folder: Path, reference: Reference, layout: str = layouts.NHWC) -> list[dict[str, Any]]:
+    """Write the golden data sets in the file's own layout; returns their manifest entries.
 
+    The noise is that of the trained model's layout: `verify.Bundle.judged` compares images with their channels last.
+    """
 
-def write_golden(folder: Path, reference: Reference) -> list[dict[str, Any]]:
-    """Write the golden data sets; returns their manifest entries."""
+    def write(path: Path, name: str, array: Array) -> None:
+        turned = layouts.transposed({name: array}, layouts.TO_NCHW) if layout == layouts.NCHW else {name: array}
+        _write_tensor(path, name, turned[name])
+
     count = golden_count(reference)
     fixed = reference.signature.inputs[0].shape[0]
     counts = [count, 1] if fixed is None and count > 1 else [fixed or count]
@@ -123,13 +113,13 @@ def write_golden(folder: Path, reference: Reference) -> list[dict[str, Any]]:
         record: dict[str, Any] = {"folder": name, "reference": reference.precision, "inputs": [], "outputs": []}
         for place, (key, array) in enumerate(reference.samples.head(number).arrays.items()):
             record["inputs"].append(f"input_{place}.pb")
-            _write_tensor(folder / name / f"input_{place}.pb", key, array[:number])
+            write(folder / name / f"input_{place}.pb", key, array[:number])
         noise = {}
         for place, (key, array) in enumerate(reference.outputs.items()):
             original = reference.original[key][:number]
             rounded = array[:number].astype(original.dtype)
             record["outputs"].append(f"output_{place}.pb")
-            _write_tensor(folder / name / f"output_{place}.pb", key, rounded)
+            write(folder / name / f"output_{place}.pb", key, rounded)
             noise[key] = _at_least(typical[key], noise_between(rounded, original), rounded).to_json()
         record["noise"] = noise
         entries.append(record)

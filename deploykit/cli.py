@@ -928,6 +928,7 @@ def ci(
 
 # ---------------------------------------------------------------------------------------------------- errors
 
+INTERRUPTED = 130  # 128 + SIGINT
 _NO_ROOM = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 
 
@@ -954,10 +955,12 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         code = app(args=arguments, standalone_mode=False, prog_name="deploykit")
+        if code == INTERRUPTED:  # typer has caught it
+            raise KeyboardInterrupt
         sys.exit(code if isinstance(code, int) else 0)
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader has gone; do not complain again at exit
         sys.exit(0)

@@ -352,7 +352,8 @@ def deploy(
 
     A lowered file that turns out slower than the same without ``lowering`` is not shipped; the other one is. ``layout``
     and ``precision`` are those of `deploykit.export`; without a ``policy`` a float16 file is judged by that of float16.
-    ``tune_session``: its session settings are chosen by measurement (`deploykit.tuning`), as a last step.
+    ``tune_session``: its session settings are chosen by measurement (`deploykit.tuning`), as a last step,
+    and no other runtime is tried, because that would have to be compared with the tuned one.
     ``batch`` fixes the batch size of the file; None leaves it free. ``threads``, ``seconds`` (per candidate) and
     ``processes`` are those of `deploykit.bench`. Raises ProofError, with the report so far in its ``report`` attribute,
     when the result is not equivalent, and OutputError when ``out`` cannot be written.
@@ -385,7 +386,7 @@ def deploy(
             report = _report(loaded, made, {}, {"bundle": None}, clock, ())
             raise failed(f"{loaded.path}: {made.refused}; nothing was written", report)
         law = policy or policy_from(default=narrowing.POLICY[precision])
-        trials = recommendation.tried(made.exported.path, made.reference, law)
+        trials = () if tune_session else recommendation.tried(made.exported.path, made.reference, law)
         clock.lap("check")
         timed = _timed(loaded, made, room, samples, opset, trials)
         clock.lap("export")
@@ -498,7 +499,11 @@ def _faster(made: Checked, measured: BenchReport) -> tuple[Checked, BenchReport]
 
 def _half_here(measured: BenchReport, batch: int) -> str:
     """What float16 did on this CPU: the times of the file over those of the others."""
-    others = dict.fromkeys(timing.candidate.name for timing in measured.timings if timing.candidate.name != OURS)
+    others = dict.fromkeys(
+        timing.candidate.name
+        for timing in measured.timings
+        if not timing.candidate.name.startswith(OURS)  # those compute in float16, too
+    )
     pairs = [measured.comparison(OURS, name, batch) for name in others]
     said = [f"{pair.ratio.ratio:.2f}x that of {pair.b}" for pair in pairs if pair.ratio and pair.ratio.ratio]
     here = f"its time was {', '.join(said)}" if said else "nothing could be measured beside it"
@@ -547,10 +552,12 @@ def _fill(
     class_names: Sequence[str] | None,
 ) -> Report:
     """Write everything into the bundle's folder, the manifest last."""
-    exported, reference = made.exported, bundles.in_layout(made.reference, made.exported.layout)
+    exported, signature = made.exported, made.reference.signature
+    if exported.layout == layouts.NCHW:
+        signature = layouts.permuted(signature, layouts.TO_NCHW)
     for file in sorted(exported.path.parent.glob(f"{exported.path.name}*")):
         shutil.copyfile(file, folder / file.name.replace(exported.path.name, "model.onnx", 1))
-    golden = bundles.write_golden(folder, reference)
+    golden = bundles.write_golden(folder, made.reference, exported.layout)
     clock.lap("bundle")
     models = sorted(folder.glob("model.onnx*"))
     names = [*(file.name for file in models), "deploykit.json", "verify.py", "report.json", "report.html", "README.md"]
@@ -558,7 +565,7 @@ def _fill(
         "bundle": str(out),
         "opset": exported.opset,
         "lowered": dict(exported.lowered),
-        "signature": signature_json(reference.signature),
+        "signature": signature_json(signature),
         "files": [{"name": file.name, "bytes": file.stat().st_size} for file in models],
         "oldest_onnxruntime": bundles.OLDEST_RUNTIME.get(exported.opset),
         "recommended": dict(best),
@@ -579,6 +586,7 @@ def _fill(
         "signature": more["signature"],
         "preprocessing": f"inside the model: {', '.join(sorted(inside))}" if inside else "none inside the model",
         "layout": LAYOUT_SAID[exported.layout],
+        "image_axes": exported.layout.upper(),
         "class_names": list(class_names) if class_names else None,
         "policy": made.check["policy"],
         "golden": golden,

@@ -3,10 +3,9 @@
 The candidates are opened by name, the reference is evaluated, all are judged (`deploykit.check`), what failed is looked
 at closer (`deploykit.diagnosis`), and what that proves is said once (`deploykit.report.evidence`).
 
-The caller says by which policy. Without one it is float32's, unless every candidate is a file that says that it was
-exported in float16: then it is float16's, and the first notice says so, because a file must not choose its judge
-unnoticed. Whoever runs a gate (`deploykit ci`, the pytest fixture) always names one, and a float16 file fails there
-until somebody writes down that float16 is good enough; a notice says how.
+The caller says by which policy; float32's is the default. A file that says that it was exported in float16 is judged by
+float32 as well, and fails, until somebody writes ``--policy float16``: a file must not choose its judge. A notice says
+how.
 
 A candidate that cannot be judged at all (a file that is missing, damaged, or of a runtime that is not installed) stays
 in the report with ``error``, and the others go on. What is known to be wrong is told first: the check fails if a
@@ -71,7 +70,7 @@ def equivalence(
 ) -> Equivalence:
     """Compare candidates (paths or keras.Models) with a `Loaded` or keras.Model.
 
-    ``policy`` None: as the module says. ``data``: options, or a function that gives the samples of a model; all of them
+    ``policy`` None: float32's. ``data``: options, or a function that gives the samples of a model; all of them
     are used. ``trust``: the options of `deploykit.load` for candidates that are Keras files. ``passed`` says what the
     exit code of `deploykit check` says. Raises what the reference and the samples raise.
     """
@@ -79,7 +78,8 @@ def equivalence(
     if runtime is not None:
         known(runtime)
     chosen = [_candidate(candidate, runtime, trust) for candidate in candidates]
-    policy, words = _judge(chosen, policy)
+    policy = policy or policy_from()
+    words = _half(chosen, policy)
     loaded = reference if isinstance(reference, Loaded) else None
     model = loaded.model if loaded else reference
     samples = data(model) if callable(data) else samples_for(model, data)
@@ -104,18 +104,12 @@ def equivalence(
     return Equivalence(found, proven, reason, tuple(notices), closer.written, error, (*closer.explained, *words))
 
 
-def _judge(chosen: Sequence[Candidate], policy: Law | None) -> tuple[Law, list[str]]:
-    """The policy to judge by, and what there is to say about files that say of themselves that they are less."""
-    half = [candidate.name for candidate in chosen if stated(candidate.model).get(PROPERTY) == HALF]
-    if policy is None and len(half) == len(chosen) > 0:
-        told = f"judged by the {HALF} policy, because {', '.join(half)} says that it was exported so"
-        return policy_from(default=HALF), [f"{told}; --policy float32 asks for more"]
-    policy = policy or policy_from()
+def _half(chosen: Sequence[Candidate], policy: Law) -> list[str]:
+    """What there is to say about files that say of themselves that they are less than they are judged as."""
     if policy != policy_from():
-        return policy, []
-    return policy, [
-        f"{name} says that it was exported in {HALF}; to judge it so, give the policy {HALF}" for name in half
-    ]
+        return []
+    half = [candidate.name for candidate in chosen if stated(candidate.model).get(PROPERTY) == HALF]
+    return [f"{name} says that it was exported in {HALF}; to judge it so, give the policy {HALF}" for name in half]
 
 
 def _candidate(given: Any, runtime: str | None, trust: dict[str, Any]) -> Candidate:

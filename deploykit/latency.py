@@ -19,8 +19,10 @@ from deploykit.check import candidate_for
 from deploykit.data import Samples, read_samples, synthesize
 from deploykit.deploy import REAL, SYNTHETIC, Clock, DataOptions, Progress, silent
 from deploykit.errors import InputError
+from deploykit.export.precision import FP16, POLICY, PROPERTY
 from deploykit.profiling import profile
 from deploykit.runtimes import trained
+from deploykit.runtimes.files import stated
 from deploykit.runtimes.process import require_gpu
 from deploykit.signature import Signature
 from deploykit.tuning import refuse_profiled, save, tune
@@ -87,11 +89,14 @@ def latency(
     chosen = candidates(paths, wanted)
     if profiled and not any(candidate.runtime == PROFILED for candidate in chosen):
         raise InputError(f"--profile sees into {PROFILED} alone; give an .onnx file or a bundle")
+    if profiled and (half := [each.name for each in chosen if stated(each.model).get(PROPERTY) == POLICY[FP16]]):
+        raise InputError(f"--profile cannot follow float16 on a CPU, which computes in float32; leave {half[0]} out")
     for runtime in dict.fromkeys(candidate.runtime for candidate in chosen):
         if runtimes.known(runtime).gpu:
             progress(f"looking for what {runtime} needs")
             require_gpu(runtime)
     inputs, notices = given(models[0], data, settings.sizes)
+    notices += [line for path in paths for line in _unused(path)]
     clock.lap("load")
     report = bench(
         chosen,
@@ -210,6 +215,14 @@ def _signature(model: Path) -> Signature:
         return session.signature
     finally:
         session.close()
+
+
+def _unused(model: Path) -> list[str]:
+    """That a bundle's session profile is not applied here: what is compared is compared in one setting."""
+    found = verify.open_bundle(model).profile if (model / verify.MANIFEST).is_file() else None
+    return (
+        [] if found is None else [f"{model} has a session profile ({found.settings.text}), which bench does not apply"]
+    )
 
 
 def candidates(models: Sequence[Path], wanted: Sequence[str]) -> list[Timed]:

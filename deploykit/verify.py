@@ -1428,6 +1428,9 @@ SETTINGS: dict[str, tuple[str, tuple[str, ...]]] = {
 MODES = ("sequential", "parallel")
 
 
+MOST_THREADS = 1024  # more are a mistake, and ONNX Runtime runs out of memory
+
+
 @dataclass(frozen=True)
 class SessionSettings:
     """How a session of ONNX Runtime's CPU provider is opened; the defaults are ONNX Runtime's own.
@@ -1447,8 +1450,11 @@ class SessionSettings:
     def __post_init__(self) -> None:
         for name in ("threads", "inter_op_threads"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise RefusedError(f"session setting {name} is {value!r}; give a whole number from 1 on, or null")
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if value is not None and not (whole and 1 <= value <= MOST_THREADS):
+                raise RefusedError(
+                    f"session setting {name} is {value!r}; give a number from 1 to {MOST_THREADS}, or null"
+                )
         if self.execution_mode not in MODES:
             raise RefusedError(f"session setting execution_mode is {self.execution_mode!r}; give {' or '.join(MODES)}")
         for name in ("spinning", "denormals_as_zero", "cpu_arena"):
@@ -1580,9 +1586,14 @@ class Bundle:
         ]
 
     def judged(self, data: Golden, answers: Mapping[str, Array]) -> tuple[OutputComparison, ...]:
-        """The law by which the model's answers to golden data are judged."""
+        """The law by which the model's answers to golden data are judged; images with their channels last."""
         dtypes = {spec["name"]: SIGNATURE_DTYPES[spec["dtype"]] for spec in self.outputs}
-        return judge_outputs(data.outputs, answers, self.policy, data.noises, dtypes)
+        turn = _channels_last if self.manifest.get("image_axes") == "NCHW" else dict
+        return judge_outputs(turn(data.outputs), turn(answers), self.policy, data.noises, dtypes)
+
+
+def _channels_last(arrays: Mapping[str, Array]) -> dict[str, Array]:
+    return {name: np.moveaxis(array, 1, -1) if np.ndim(array) == 4 else array for name, array in arrays.items()}
 
 
 def open_bundle(folder: str | os.PathLike[str]) -> Bundle:

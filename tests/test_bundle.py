@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from deploykit import verify
 from deploykit.bundle import golden_count, write_golden
 from deploykit.check import Reference
+from deploykit.compare import Noise
 from deploykit.data import Samples
 from deploykit.signature import Signature, TensorSpec
 
@@ -42,6 +44,33 @@ def test_a_sample_that_is_worse_keeps_its_own_noise(tmp_path):
     errors[0] = 1e-2
     _, single = write_golden(tmp_path, right := reference(errors))
     assert single["noise"]["y"]["l2"][0] / np.linalg.norm(right.outputs["y"][0]) == pytest.approx(1e-2, rel=1e-2)
+
+
+def images(count=16):
+    """Answers of mixed scale, as images: a channel of a million beside one below 1."""
+    rng = np.random.default_rng(0)
+    right = rng.uniform(0.1, 1, (count, 6, 5, 2)) * (1e6, 1)
+    own = (right * (1 + 1e-7 * rng.standard_normal(right.shape))).astype(np.float32)
+    spec = [TensorSpec("x", (None, 4), "float32"), TensorSpec("y", (None, 6, 5, 2), "float32")]
+    data = Samples({"x": np.zeros((count, 4), np.float32)}, "s")
+    return Reference("m", Signature((spec[0],), (spec[1],)), data, {"y": right}, {"y": own}, ())
+
+
+def test_golden_images_in_nchw_are_judged_channel_by_channel(tmp_path):
+    """A small channel that is wrong is found beside a large one, whichever axis the file has them on."""
+    right = images()
+    entry = write_golden(tmp_path, right, "nchw")[0]
+    name, expected = verify.read_tensor((tmp_path / entry["folder"] / "output_0.pb").read_bytes())
+    assert (name, expected.shape) == ("y", (16, 2, 6, 5))
+    noises = {"y": Noise.from_json(entry["noise"]["y"])}
+    golden = verify.Golden("", {}, {"y": expected}, noises, "float64")
+    outputs = [{"name": "y", "dtype": "float32"}]
+    bundle = verify.Bundle("", {"image_axes": "NCHW"}, "", [], outputs, verify.FLOAT32, ())
+    answers = right.original["y"].transpose(0, 3, 1, 2).copy()
+    assert verify.all_passed(bundle.judged(golden, {"y": answers}))
+    answers[:, 1] = 0.5
+    (found,) = bundle.judged(golden, {"y": answers})
+    assert found.reason.startswith("channel 1 (1 of 2 fail)")
 
 
 def test_a_fixed_batch_has_one_golden_set_of_that_size(tmp_path):

@@ -262,6 +262,7 @@ def test_a_deployment_tunes_the_session_on_request(plain):
     assert (kept is not None) == session["chosen"]
     assert kept is None or kept.settings.to_json() == session["profile"]
     assert session["measured"]["proof"] == "golden data"
+    assert report["recommended"] == {"runtime": "onnxruntime-cpu", "others": []}  # others would meet the tuned session
 
 
 def test_a_failed_check_writes_nothing_and_carries_its_report(tmp_path):

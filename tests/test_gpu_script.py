@@ -266,3 +266,30 @@ def test_a_refusal_is_one_line(main, bundle, tmp_path, monkeypatch, case):
 def test_a_fixed_batch_is_the_only_one(gpu):
     assert gpu._batches("1,8,8", None) == [1, 8]
     assert gpu._batches("1,8", 4) == [4]
+
+
+def test_bundles_that_do_not_belong_together_are_refused(bundle, main, tmp_path):
+    half = changed(write_bundle(tmp_path / "half"), lambda manifest: manifest.update(policy="float16"))
+    other = changed(write_bundle(tmp_path / "other"), lambda manifest: manifest.update(source={"sha256": "0" * 64}))
+    for pair, said in (((half, bundle), "give the float32 one first"), ((bundle, other), "another model")):
+        code, out, err = main(*pair, "--provider", "cpu", "--rounds", "0")
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert said in err
+    code, _, err = main(bundle, bundle, "--provider", "cpu", "--rounds", "0")
+    assert code == 2
+    assert "--precision fp16" in err
+
+
+def test_no_file_of_a_bundle_is_replaced(bundle, main):
+    before = (bundle / "deploykit.json").read_bytes()
+    code, _, err = main(bundle, "--provider", "cpu", "--json", bundle / "deploykit.json", "--force")
+    assert (code, "belongs to the bundle" in err) == (2, True)
+    assert (bundle / "deploykit.json").read_bytes() == before
+
+
+def test_a_damaged_script_in_a_bundle_is_one_line(main, tmp_path):
+    folder = write_bundle(tmp_path / "b")
+    (folder / "verify.py").write_text("def broken(:\n")
+    code, out, err = main(folder, "--provider", "cpu")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "verify.py is damaged (SyntaxError)" in err

@@ -207,11 +207,13 @@ def test_a_float16_file_is_judged_so_and_the_keras_model_is_not(net, tmp_path):
     assert half_snr < 90 < keras_snr
 
 
-def test_check_says_that_the_file_chose_its_policy(net, cli):
-    code, out, err = cli("check", net[1] / "net.keras", net[1] / "both.onnx", "--json", "-")
+def test_a_file_does_not_choose_its_judge(net, cli):
+    models = [net[1] / "net.keras", net[1] / "both.onnx"]
+    code, out, _ = cli("check", *models, "--json", "-")
     report = json.loads(out)
-    assert (code, report["policy"]) == (0, "float16"), err
-    assert "judged by the float16 policy, because" in report["notices"][0]
+    assert (code, report["policy"], report["proven"]) == (1, "float32", False)
+    assert "to judge it so, give the policy float16" in report["notices"][0]
+    assert cli("check", *models, "--policy", "float16")[0] == 0
 
 
 # (candidates, the policy asked for) -> the policy they are judged by, who passes, a word of the first notice
@@ -283,7 +285,8 @@ def test_a_bundle_in_nchw_and_float16(net, cli, tmp_path):
     with np.load(tmp_path / "found.npz") as found:
         np.testing.assert_allclose(found["mask"].transpose(0, 2, 3, 1), net[0](images)[0], rtol=0.02, atol=0.02)
     assert cli("check", bundle)[0] == 0
-    assert equivalence(loaded, [bundle], data=DataOptions(limit=16), policy=None).passed
+    half = verify.POLICIES["float16"]
+    assert equivalence(loaded, [bundle], data=DataOptions(limit=16), policy=half).passed
 
 
 @pytest.mark.parametrize("verb", ["export", "deploy"])
@@ -291,3 +294,9 @@ def test_an_unknown_word_is_one_line(net, cli, tmp_path, verb):
     code, _, err = cli(verb, net[1] / "net.keras", "-o", tmp_path / "x.onnx", "--layout", "chwn")
     assert (code, err.count("\n")) == (2, 1)
     assert "chwn" in err
+
+
+def test_a_float16_file_is_not_profiled_on_a_cpu(net, cli):
+    code, _, err = cli("bench", net[1] / "both.onnx", "--profile", "--seconds", "0.1")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "--profile cannot follow float16" in err

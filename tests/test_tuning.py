@@ -109,6 +109,12 @@ def with_profile(folder: Path, settings: SessionSettings, **measured) -> Path:
 # ------------------------------------------------------------------------------------------------------- settings
 
 
+@pytest.mark.parametrize("count", [0, -1, 1025, 2**40, True, 1.5])
+def test_settings_of_no_or_countless_threads_are_refused(count):
+    with pytest.raises(RefusedError, match="give a number from 1 to 1024"):
+        SessionSettings(threads=count)
+
+
 def test_settings_travel_as_json():
     for settings in (DEFAULT, ALL):
         assert SessionSettings.from_json(json.loads(json.dumps(settings.to_json()))) == settings
@@ -490,3 +496,10 @@ def test_a_request_that_makes_no_sense_is_one_line(cli, tmp_path, arguments, wor
     code, _, err = cli("bench", "--tune-session", *(part.format(model=model) for part in arguments))
     assert (code, err.count("\n")) == (2, 1)
     assert words in err
+
+
+def test_bench_says_that_it_does_not_apply_a_profile(cli, tmp_path):
+    folder = with_profile(deep_bundle(tmp_path / "b"), ONE)
+    code, out, err = cli("bench", folder, "--seconds", "0.1", "--json", "-")
+    assert code == 0, err
+    assert any("session profile (threads 1), which bench does not apply" in line for line in json.loads(out)["notices"])

@@ -103,7 +103,7 @@ def model_card(report: Json) -> str:
     fuse, check, bench, source = report["fuse"], report["check"], report["bench"], report["source"]
     first = report["signature"]["inputs"][0]
     kept = [d for d in fuse["decisions"] if d["outcome"] != "fused"]
-    best = fastest(report["recommended"])
+    best = fastest(report.get("recommended"))
     name = source["path"].replace("\\", "/").rsplit("/", 1)[-1]
     example = ", ".join(str(s or 1) for s in first["shape"])
     lines = [

@@ -337,7 +337,7 @@ def deploy(report: Json, console: Console) -> None:
     timed = report["bench"]["candidates"][0]
     how = f"{count(timed['threads'], 'thread')}, batch {timed['batch']}"
     rows.append(("", escape(f"on {report['environment'].get('cpu', '?')}, {how}")))
-    if (best := fastest(report["recommended"])) is not None:
+    if (best := fastest(report.get("recommended"))) is not None:
         rows.append(("runtime", escape(best)))
     if session := report.get("session"):
         rows.append(("session", escape(session["reason"])))

@@ -50,9 +50,9 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def fastest(recommended: Mapping[str, Any]) -> str | None:
+def fastest(recommended: Mapping[str, Any] | None) -> str | None:
     """Which runtime a bundle's file is fastest on, and what was found for the others; None where none was tried."""
-    if not recommended["others"]:
+    if recommended is None or not recommended["others"]:
         return None
     told = []
     for row in recommended["others"]:
