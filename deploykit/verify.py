@@ -83,7 +83,7 @@ that no rounding reaches (counts, codes) are exact under ``Tolerance()``.
 
 Limits: the laws need draws. With one number per sample and few samples, luck in o can fail a correct candidate; give
 ``Noise.between`` several float32 runs, or more samples (`deploykit check` draws o again where there are few, and in
-single samples that fail). A runtime whose sigmoid has *absolute* accuracy fails the relative laws on an output that is
+single samples that fail, or by which a channel does). A runtime whose sigmoid has *absolute* accuracy fails the relative laws on an output that is
 saturated in most samples: compare before the sigmoid as well.
 
 What a timing means
@@ -508,7 +508,10 @@ class Judge:
         self._strangers += [name for name in theirs if name not in known]
 
     def suspects(self) -> list[int]:
-        """The samples that a law about single samples fails, where the yardstick is the original's own error."""
+        """The samples that a law about single samples fails, and those that a channel fails by.
+
+        Only where the yardstick is the original's own error.
+        """
         found = (case.suspects() for case in self._cases.values())
         return sorted({number for numbers in found for number in numbers})
 
@@ -567,7 +570,8 @@ class _Case:
             rows = _Rows(columns, policy, tally.stated)
             bad = ~(columns["error_l2"] <= policy.allowed_sample(*rows.l2))
             bad |= ~(columns["error_max"] <= policy.allowed_element(*rows.max))
-        return [int(number) for number in np.flatnonzero(bad & columns["judged"])]
+            found = set(np.flatnonzero(bad & columns["judged"]).tolist())
+            return sorted(found | (set() if tally.channels is None else tally.channels.suspects(policy)))
 
     def remeasured(self, numbers: Sequence[int], noise: Noise) -> None:
         if self.tally is None or self.tally.kind != "value":
@@ -576,7 +580,10 @@ class _Case:
         for place, number in enumerate(numbers):
             for key, values in (("noise_l2", noise.l2), ("noise_max", noise.max_abs)):
                 columns[key][number] = max(columns[key][number], values[place] or 0.0)
-        self.tally = dataclasses.replace(self.tally, parts=[columns])
+        channels = self.tally.channels
+        if channels is not None and noise.channels is not None:
+            channels = dataclasses.replace(channels, own=np.maximum(channels.own, np.array(noise.channels)))
+        self.tally = dataclasses.replace(self.tally, parts=[columns], channels=channels)
 
     def conclude(self) -> OutputComparison:
         found = OutputComparison(self.name, False, self.reason, samples=self.samples)
@@ -817,12 +824,24 @@ class _Channels:
         places = {name: chosen(name) for name in ("peak", "position", "c", "r")}
         return _Channels(values=self.values + other.values, sample=chosen("sample", before), **sums, **places)
 
+    def _rms(self) -> list[Floats]:
+        return [norm / math.sqrt(max(1, self.values)) for norm in (self.error, self.own, self.size)]
+
+    def _allowed(self, policy: Policy) -> Floats:
+        """The RMS error of each channel; infinite where there are too few values to judge by."""
+        if len(self.own) < 2 or self.values < FEW:
+            return np.full(len(self.own), math.inf)
+        _, own, size = self._rms()
+        return policy.allowed_channel(own, size, ratios(self.size, self.largest) ** 2)
+
+    def suspects(self, policy: Policy) -> set[int]:
+        """The samples with the largest error in a channel that fails."""
+        return set(self.sample[~(self._rms()[0] <= self._allowed(policy))].tolist())
+
     def failing(self, policy: Policy) -> tuple[str, int] | None:
         """What is wrong with the worst channel, and which it is; None where all are within the law."""
-        if len(self.own) < 2 or self.values < FEW:
-            return None
-        error, own, size = (norm / math.sqrt(self.values) for norm in (self.error, self.own, self.size))
-        allowed = policy.allowed_channel(own, size, ratios(self.size, self.largest) ** 2)
+        error, own, _ = self._rms()
+        allowed = self._allowed(policy)
         bad = ~(error <= allowed)
         if not bad.any():
             return None

@@ -233,6 +233,20 @@ def test_the_worst_of_a_channel_is_found_in_any_batch():
     assert "candidate 7, " in found.reason
 
 
+@pytest.mark.parametrize("wrong", [slice(5, 6), slice(None)])
+def test_what_a_channel_fails_by_is_measured_again(wrong):
+    """In one sample the original may have been lucky; where all are wrong, one that is drawn again excuses nothing."""
+    r, o, c = joined()
+    c[wrong, 2] *= np.float32(1 + 1e-4)
+    judge = verify.Judge(F32)
+    judge.add({"y": r}, {"y": c}, {"y": noise_between(r, o)}, {"y": np.float32})
+    (suspect,) = judge.suspects()
+    assert suspect in range(*wrong.indices(32))
+    judge.remeasured([suspect], {"y": noise_between(r[[suspect]], (r * (1 + 1e-5))[[suspect]].astype(np.float32))})
+    (found,) = judge.conclude()
+    assert found.passed == (wrong != slice(None))
+
+
 def test_channels_need_eight_values_and_a_record():
     for samples, caught in ((7, False), (8, True)):
         r, o, c = joined(samples=samples)
