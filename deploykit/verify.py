@@ -83,8 +83,8 @@ that no rounding reaches (counts, codes) are exact under ``Tolerance()``.
 
 Limits: the laws need draws. With one number per sample and few samples, luck in o can fail a correct candidate; give
 ``Noise.between`` several float32 runs, or more samples (`deploykit check` draws o again where there are few, and in
-single samples that fail, or by which a channel does). A runtime whose sigmoid has *absolute* accuracy fails the relative laws on an output that is
-saturated in most samples: compare before the sigmoid as well.
+single samples that fail, or by which a channel does). A runtime whose sigmoid has *absolute* accuracy fails the
+relative laws on an output that is saturated in most samples: compare before the sigmoid as well.
 
 What a timing means
 -------------------
