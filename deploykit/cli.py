@@ -936,6 +936,15 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
+def _interrupted(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is behind an error: native code turns it into exceptions of its own."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt) or "KeyboardInterrupt" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def _exit_code(error: BaseException) -> tuple[int, str]:
     """Exit code and message of whatever ended a command."""
     if isinstance(error, DeploykitError):
@@ -965,6 +974,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader has gone; do not complain again at exit
         sys.exit(0)
     except Exception as error:
+        if _interrupted(error):
+            print("interrupted", file=sys.stderr)
+            sys.exit(INTERRUPTED)
         code, message = _exit_code(error)
         if "--verbose" in arguments or "-v" in arguments:
             traceback.print_exc()

@@ -336,6 +336,18 @@ def test_ctrl_c_leaves_nothing(tmp_path, after_s):
     assert files(tmp_path) == set()
 
 
+@pytest.mark.parametrize("raised", ["ValueError('x') from KeyboardInterrupt()", "RuntimeError('KeyboardInterrupt: ')"])
+def test_ctrl_c_that_native_code_has_turned_into_an_error_is_still_ctrl_c(raised):
+    script = f"""if True:
+        from deploykit import cli
+        def app(**options):
+            raise {raised}
+        cli.app = app
+        cli.main(["inspect", "x"])"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
 def test_help_and_version_are_quick():
     """No TensorFlow: both answer in a small part of the time that importing TensorFlow takes."""
 
