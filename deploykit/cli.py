@@ -33,7 +33,6 @@ from deploykit.errors import DeploykitError, InputError, ProofError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from deploykit.compare import Law
     from deploykit.deploy import Clock, DataOptions
     from deploykit.load import Loaded
     from deploykit.report import Report
@@ -256,13 +255,6 @@ def _data(data: str | None, samples: int | None, image_size: str | None, scale: 
             raise InputError(f"--image-size {image_size}: give height and width as in 224x224") from None
         size = (height, width)
     return DataOptions(data, samples, size, scale, seed)
-
-
-def _asked(rtol: float | None, atol: float | None, policy: str | None) -> Law | None:
-    """What the user wants candidates to be judged by; None: nothing was said."""
-    from deploykit.compare import policy_from
-
-    return None if (rtol, atol, policy) == (None, None, None) else policy_from(rtol, atol, policy)
 
 
 def _batch(text: str) -> int | None:
@@ -615,7 +607,7 @@ def check(
     """Compare candidates with the model that was trained, in float64; or a bundle with its golden data."""
     read = [reference, *(candidates or ()), weights, data]
     with _terminal(json, quiet, verbose, force, read) as terminal:
-        from deploykit.compare import Tolerance
+        from deploykit.compare import Tolerance, policy_from
         from deploykit.files import claim
         from deploykit.report.delivery import claim_targets
 
@@ -626,7 +618,7 @@ def check(
             claim(save_worst, force=force, inputs=read)
         terminal.targets = claim_targets(wanted, force=force, inputs=read, others={"json": json})
 
-        law = _asked(rtol, atol, policy)
+        law = policy_from(rtol, atol, policy)
         if not candidates:
             _check_bundle(terminal, reference)
             return
@@ -857,11 +849,14 @@ def deploy(
 ) -> None:
     """Load, fuse, export, check, time, and write a bundle that proves itself."""
     with _terminal(json, quiet, verbose, force, [model, weights, data, output]) as terminal:
+        from deploykit.compare import policy_from
         from deploykit.files import claim
         from deploykit.verify import MANIFEST
 
         claim(output, force=force, folder=MANIFEST, inputs=(model, weights, data))
-        size, law = _batch(batch), _asked(rtol, atol, policy)
+        size = _batch(batch)
+        said = (rtol, atol, policy) != (None, None, None)
+        law = policy_from(rtol, atol, policy) if said else None  # None: that of --precision
         terminal.progress("loading")
         from deploykit.deploy import Clock
         from deploykit.deploy import deploy as run
