@@ -2,9 +2,10 @@
 
     python benchmarks/applications.py [--nets MobileNetV2 ResNet50 EfficientNetB0] [--size 224] [--out FOLDER]
 
-The nets come from keras.applications with random weights (no download) and live, calibrated statistics: one
-training-mode pass sets mean and variance, then they and the gammas are jittered; without that a deep random net's
-output hardly depends on its input. Prints one row per net; exit code 1 when one of them fails.
+The nets come from keras.applications with random weights (no download) and live, calibrated statistics: gammas and
+betas are drawn, then one training-mode pass sets means and variances; without that a deep random net's output hardly
+depends on its input. They see samples that deploykit draws for them, from a file. Prints one row per net; exit code 1
+when one of them fails.
 """
 
 from __future__ import annotations
@@ -25,17 +26,18 @@ COUNTS = {"MobileNetV2": 52, "ResNet50": 53, "EfficientNetB0": 49}
 
 
 def make(name: str, size: int, path: Path, data: Path) -> None:
-    """Save a calibrated net and images that it sees as varied."""
+    """Save a calibrated net, and samples for it."""
     import keras
     import numpy as np
     from nets import calibrate
 
+    from deploykit.data import synthesize
+    from deploykit.graph import signature
+
     keras.utils.set_random_seed(0)
-    calibrate(getattr(keras.applications, name)(weights=None, input_shape=(size, size, 3))).save(path)
-    rng = np.random.default_rng(1)
-    high = 255 if name.startswith("EfficientNet") else 1
-    images = rng.uniform(0, high, (16, size, size, 3)) * np.linspace(0.2, 1, 16)[:, None, None, None]
-    np.savez(data, x=images.astype(np.float32))
+    model = calibrate(getattr(keras.applications, name)(weights=None, input_shape=(size, size, 3)))
+    model.save(path)
+    np.savez(data, **synthesize(signature(model), count=16).arrays)
 
 
 def main() -> int:

@@ -3,8 +3,8 @@
     python benchmarks/coverage.py [--size 96] [--nets MobileNetV2 Xception] [--check] [--out docs/coverage.md]
 
 The nets have random weights (no download) and live, calibrated statistics with positive gammas, as `tests/nets.py`
-makes them: without that the output of a deep random net hardly depends on its input. The proof sees four images of
-different brightness in the range that the net's first layers ask for. Each net is built, saved, loaded and fused
+makes them: without that the output of a deep random net hardly depends on its input. The proof sees four samples that
+deploykit draws for the net. Each net is built, saved, loaded and fused
 (with its proof) in a process of its own, one after the other. Images are ``--size`` pixels wide, which changes
 neither the layers nor the algebra, only the time and the memory that a proof takes; 96 is enough for every net
 (the largest minimum is 75) and leaves padding at the borders of all but the last maps.
@@ -57,22 +57,18 @@ class Required:
 
 @dataclass(frozen=True)
 class Net:
-    """One net: its family (the module of keras.applications), the smallest image it takes, what must be reached.
-
-    ``bare``: calibrate it without its own Rescaling, because `calibrate` gives images from 0 to 1.
-    """
+    """One net: its family (the module of keras.applications), the smallest image it takes, what must be reached."""
 
     family: str
     required: Required | None = None
     smallest: int = 32
-    bare: bool = False
 
 
 NETS: Mapping[str, Net] = {
     "MobileNet": Net("mobilenet"),
     "MobileNetV2": Net("mobilenet_v2", Required(52, 52)),
-    "MobileNetV3Small": Net("mobilenet_v3", bare=True),
-    "MobileNetV3Large": Net("mobilenet_v3", bare=True),
+    "MobileNetV3Small": Net("mobilenet_v3"),
+    "MobileNetV3Large": Net("mobilenet_v3"),
     "ResNet50": Net("resnet", Required(53, 53)),
     "ResNet152": Net("resnet"),
     "ResNet50V2": Net("resnet_v2", Required(49, 48)),
@@ -98,14 +94,8 @@ def build(name: str, size: int) -> Any:
     from nets import calibrate
 
     keras.utils.set_random_seed(0)
-    builder, net = getattr(keras.applications, name), NETS[name]
-    shape = (max(size, net.smallest),) * 2 + (3,)
-    if not net.bare:
-        return calibrate(builder(weights=None, input_shape=shape))
-    calibrated = calibrate(builder(weights=None, input_shape=shape, include_preprocessing=False))
-    model = builder(weights=None, input_shape=shape)
-    model.set_weights(calibrated.get_weights())  # a Rescaling has none, so they fit one by one
-    return model
+    side = max(size, NETS[name].smallest)
+    return calibrate(getattr(keras.applications, name)(weights=None, input_shape=(side, side, 3)))
 
 
 def measure(name: str, size: int) -> Row:
@@ -113,6 +103,7 @@ def measure(name: str, size: int) -> Row:
     import numpy as np
 
     from deploykit import graph
+    from deploykit.data import synthesize
     from deploykit.fuse import fuse
     from deploykit.fuse.sources import is_source
     from deploykit.load import load
@@ -125,13 +116,10 @@ def measure(name: str, size: int) -> Row:
         load_s = time.perf_counter() - begin
     found = graph.trace(model)
     (spec,) = found.signature.inputs
-    low, high = spec.low or 0, spec.high or 1
-    brightness = np.linspace(0.3, 1, SAMPLES)[:, None, None, None]
-    noise = np.random.default_rng(0).uniform(0, 1, (SAMPLES, *spec.shape[1:])) * brightness
-    images = (low + (high - low) * noise).astype(np.float32)
-    fused = fuse(model, samples={spec.name: images})
+    images = synthesize(found.signature, count=SAMPLES, edges=0).arrays
+    fused = fuse(model, samples=images)
     assert fused.proof is not None
-    logits = graph.run(graph.replay(found, dtype="float64", logits=True), {spec.name: images})[-1]
+    logits = graph.run(graph.replay(found, dtype="float64", logits=True), images)[-1]
     counts: dict[str, dict[str, int]] = {BN: dict.fromkeys(OUTCOMES, 0)}
     for decision in fused.decisions:
         counts.setdefault(decision.kind, dict.fromkeys(OUTCOMES, 0))[decision.outcome] += 1

@@ -12,7 +12,7 @@ without data (synthetic inputs with edge cases, float64 reference, default polic
     openvino        the same file on OpenVINO, where it is installed
 
 Nets of keras.applications are those of `coverage.py`, one of each family: random weights, live calibrated statistics.
-Those of `HARD` come a second time, with fresh statistics: a deep net whose activations nothing normalises is
+Those of `HARD` come a second time, with fresh statistics: there a deep net whose activations nothing normalises is
 ill-conditioned, or its output hardly varies. Files are those of `models/`, and of a folder that holds what other people
 trained, where it stands beside the checkout.
 

@@ -185,7 +185,7 @@ def make(name: str, folder: Path) -> Row:
     source = _source(name, folder)
     clock.lap("build")
     loaded = load(source, allow_code=True)
-    samples = images(loaded.model) if name in NETS else synthesize(signature(loaded.model), count=SAMPLES)
+    samples = synthesize(signature(loaded.model), count=SAMPLES)
     clock.lap("load")
     np.savez(folder / "inputs.npz", **samples.head(TIMED).arrays)  # type: ignore[arg-type]  # a name is never allow_pickle's
     paths = {key: folder / file for key, (_, file) in CANDIDATES.items()}
@@ -234,19 +234,6 @@ def make(name: str, folder: Path) -> Row:
         "notices": made.notices,
         "seconds": clock.total(),
     }
-
-
-def images(model: Any) -> Any:
-    """Noise of several brightnesses; beyond what it was calibrated on, a net of random weights is chaos."""
-    import numpy as np
-
-    from deploykit.data import Samples
-    from deploykit.graph import signature
-
-    (spec,) = signature(model).inputs
-    drawn = np.random.default_rng(1).uniform(0, spec.high or 1, (SAMPLES, *spec.sample_shape()))
-    bright = np.linspace(0.2, 1, SAMPLES).reshape(-1, 1, 1, 1)
-    return Samples({spec.name: (drawn * bright).astype(np.float32)}, f"{SAMPLES} images of noise")
 
 
 def _is_folder(elsewhere: Mapping[str, str], key: str) -> bool:

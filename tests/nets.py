@@ -2,8 +2,8 @@
 
 Fresh BatchNormalization is nearly the identity and hides bugs, so `enliven` draws every statistic:
 gammas of both signs (unless ``positive``), means, variances over two decades, betas, biases.
-`calibrate` gives a deep net statistics that fit its own activations, then jitters them; without that
-the output of a deep random net hardly depends on its input and proves nothing.
+`calibrate` gives a deep net statistics that fit its own activations; without that the output of a deep
+random net hardly depends on its input and proves nothing.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import keras
 import numpy as np
 
 from deploykit import graph
+from deploykit.data import synthesize
 
 L = keras.layers
 
@@ -38,8 +39,12 @@ def enliven(model: keras.Model, seed: int = 0, *, positive: bool = False) -> ker
     return model
 
 
-def calibrate(model: keras.Model, seed: int = 0, samples: int = 8) -> keras.Model:
-    """Live statistics for a deep random net: one training pass on random images, then jitter."""
+def calibrate(model: keras.Model, seed: int = 0, samples: int = 32) -> keras.Model:
+    """Live gammas and betas, then the statistics that fit them: one training pass over what `synthesize` draws.
+
+    Gammas that change after that pass, statistics that are moved, and inputs of another kind all shift what every later
+    layer sees, in a deep net by many times its deviation: its outputs grow a thousandfold and float32 means nothing.
+    """
     rng = np.random.default_rng(seed)
     for layer in model._flatten_layers():
         if isinstance(layer, L.Normalization) and layer.input_mean is None:  # as if adapted to images
@@ -50,20 +55,14 @@ def calibrate(model: keras.Model, seed: int = 0, samples: int = 8) -> keras.Mode
     momenta = [layer.momentum for layer in norms]
     for layer in norms:
         layer.momentum = 0.0
-    shape = [size or 64 for size in model.inputs[0].shape[1:]]
-    noise = rng.uniform(0, 1, (samples, *shape))
-    ramp = rng.uniform(0, 1, (samples, *[1] * len(shape)))
-    images = (noise * 0.5 + ramp * 0.5) * 255 if model.name.startswith("efficientnet") else noise * 0.5 + ramp * 0.5
-    model(images.astype(np.float32), training=True)
+        if layer.gamma is not None:
+            layer.gamma.assign(rng.uniform(0.5, 1.5, layer.gamma.shape))
+        if layer.beta is not None:
+            layer.beta.assign(rng.normal(0, 0.1, layer.beta.shape))
+    (drawn,) = synthesize(graph.signature(model), count=samples, seed=seed + 1).arrays.values()
+    model(drawn, training=True)
     for layer, momentum in zip(norms, momenta, strict=True):
         layer.momentum = momentum
-        mean, variance = graph.numpy(layer.moving_mean), graph.numpy(layer.moving_variance)
-        layer.moving_variance.assign(variance * rng.uniform(0.7, 1.5, variance.shape))
-        layer.moving_mean.assign(mean + 0.1 * np.sqrt(variance) * rng.uniform(-1, 1, mean.shape))
-        if layer.gamma is not None:
-            layer.gamma.assign(rng.uniform(0.5, 1.5, mean.shape))
-        if layer.beta is not None:
-            layer.beta.assign(rng.normal(0, 0.1, mean.shape))
     return model
 
 

@@ -11,6 +11,7 @@ import pytest
 from nets import calibrate, chain, enliven, inputs_for
 
 from deploykit import graph
+from deploykit.data import synthesize
 from deploykit.errors import ProofError, UnsupportedModelError
 from deploykit.fuse import blame, conduits, fuse, proof, sinks
 
@@ -246,13 +247,11 @@ def test_a_subclass_is_no_known_layer():
 def test_all_bn_of_well_known_nets_go(name, count):
     keras.utils.set_random_seed(0)
     model = calibrate(getattr(keras.applications, name)(weights=None, input_shape=(96, 96, 3)))
-    (spec,) = graph.signature(model).inputs
-    rng = np.random.default_rng(0)
-    x = rng.uniform(0, spec.high or 1, (4, 96, 96, 3)) * np.linspace(0.3, 1, 4)[:, None, None, None]
-    result = fuse(model, samples={spec.name: x.astype(np.float32)})
+    samples = synthesize(graph.signature(model), count=4, edges=0).arrays
+    result = fuse(model, samples=samples)
     outcomes = [d.outcome for d in result.decisions if d.kind == "BatchNormalization"]
     assert outcomes == ["fused"] * count
     assert result.proof.holds
     assert result.proof.float32_fused <= 2 * result.proof.float32_original
-    logits = graph.run(graph.replay(graph.trace(model), dtype="float64", logits=True), {spec.name: x})[-1]
+    logits = graph.run(graph.replay(graph.trace(model), dtype="float64", logits=True), samples)[-1]
     assert logits.std(axis=0).mean() / np.abs(logits).mean() > 1e-2  # the proof had something to see
