@@ -7,10 +7,13 @@ number of samples, no NaN; what had to be done to them is written into ``source`
     samples    what everybody holds: `Samples` in memory, `Stream` read batch by batch
     fit        what an input takes against what there is: headers at once, values when they are read
     sources    a reader for each kind of place; pixels
+    listing    a CSV of path,label
     reading    from a place to a stream, whatever it is for
     program    module:function
     rows       where the numbers lie until they are needed; temporary files
     synthetic  made up ones, and their edge cases
+    targets    what labels mean: classes, several labels at once, numbers
+    labelled   samples with targets, to train on (`open_labelled`)
 
 Memory: of a `Stream` one batch is in memory, of any source but two. What a Keras data set or a function returns whole
 is in memory already. Labels are held for all samples: one number each.
@@ -22,6 +25,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from deploykit.data.labelled import Labelled, open_labelled
 from deploykit.data.reading import in_words, opened, reader_of
 from deploykit.data.samples import Samples, Stream
 from deploykit.data.sources import KERAS_SETS, Request
@@ -34,8 +38,10 @@ __all__ = [
     "FREE_SEQUENCE",
     "FREE_SPATIAL",
     "KERAS_SETS",
+    "Labelled",
     "Samples",
     "Stream",
+    "open_labelled",
     "open_samples",
     "other_sizes",
     "read_samples",
