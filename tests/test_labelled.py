@@ -613,13 +613,12 @@ def test_a_digest_is_of_what_goes_in_and_comes_out(tmp_path: Path, pictures: Pat
 
 def test_a_digest_does_not_depend_on_how_samples_are_stored(tmp_path: Path) -> None:
     both = Signature((TensorSpec("a", (None, 1), "string"), TensorSpec("b", (None, 2), "float32")), ())
-    text, numbers, y = np.array([["one"], ["three"], ["two"]]), np.ones((3, 2)), np.array([0, 1, 0])
+    text, numbers, y = np.array([["one"]] * 50 + [["three"]] * 50), np.ones((100, 2)), np.arange(100) % 2
     whole = digest(open_labelled(archive(tmp_path, a=text, b=numbers, y=y), both))
     (tmp_path / "set").mkdir()
-    for row in range(3):
-        rows = slice(row, row + 1)
-        narrow = text[rows].astype(f"U{len(text[row, 0])}")
-        np.savez(tmp_path / "set" / f"{row}.npz", a=narrow, b=numbers[rows], y=y[rows])
+    for number, (rows, dtype) in enumerate([(slice(0, 50), "U3"), (slice(50, 99), "U5"), (slice(99, 100), "U9")]):
+        arrays = {"a": text[rows].astype(dtype), "b": numbers[rows], "y": y[rows]}
+        np.savez(tmp_path / "set" / f"{number}.npz", **arrays)
     assert digest(open_labelled(str(tmp_path / "set"), both)) == whole
     assert digest(open_labelled(archive(tmp_path, a=text[::-1], b=numbers, y=y), both)) != whole
 

@@ -40,7 +40,7 @@ from deploykit.errors import DataError
 from deploykit.signature import Signature
 
 UNEVEN = 3.0  # how many times as many samples the largest class may have as the smallest before it is said
-_DIGEST_BATCH = 64  # samples; the digest does not depend on it
+_DIGEST_BATCH = 32  # samples; the digest does not depend on it
 
 _PLACES = "images in one folder for each class, an .npz with y, a CSV of path,label or a Keras data set"
 
