@@ -20,7 +20,7 @@ numpy only; pillow and Keras are imported where they are needed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -44,6 +44,7 @@ __all__ = [
     "open_samples",
     "other_sizes",
     "read_samples",
+    "refuse_unheeded",
     "synthesize",
 ]
 
@@ -75,8 +76,9 @@ def open_samples(
     - ``module:function`` or ``file.py:function``: Python code of the user's that makes them (`deploykit.data.program`).
 
     ``limit`` draws that many by ``seed`` (of batches that a function makes: takes the first). ``scale`` multiplies
-    pixels; without it the model's own range decides (`deploykit.data.sources.pixel_law`). A last axis of size 1 too
-    many or too few is mended; a fixed batch size drops the rest.
+    pixels; without it the model's own range decides (`deploykit.data.sources.pixel_law`). Where there are no pixels it
+    is refused, and so is ``image_size`` where no image is resized. A last axis of size 1 too many or too few is mended;
+    a fixed batch size drops the rest.
 
     Raises DataError with what was expected and what was found, MissingComponentError without pillow: here for all that
     headers tell, from ``batches`` and ``head`` for values.
@@ -87,6 +89,7 @@ def open_samples(
         raise DataError(f"a pixel scale of {scale} makes no sense; 1 keeps 0..255 and 0.00392157 gives 0..1")
     request = Request(where, signature, limit, seed, image_size, scale)
     source = _reader(where)(request)
+    refuse_unheeded(where, source.heeds, image_size=image_size, scale=scale)
     parts = _fitting_parts(source, signature)
     counts = [part.count for part, _ in parts]
     numbers = request.chosen(sum(counts))
@@ -118,6 +121,20 @@ def read_samples(
     """The samples of `open_samples`, all in memory and all checked."""
     stream = open_samples(where, signature, limit=limit, seed=seed, image_size=image_size, scale=scale)
     return stream.head(stream.count)
+
+
+_PIXEL_OPTIONS = {  # what each is for
+    "image_size": "folders of images",
+    "scale": "pixels (folders of images, Keras data sets of images)",
+}
+
+
+def refuse_unheeded(source: str, heeds: Collection[str], **given: object) -> None:
+    """Raise DataError for an option about pixels that a source of samples does not heed."""
+    for name, value in given.items():
+        if value is not None and name not in heeds:
+            option = name.replace("_", "-")
+            raise DataError(f"--{option} is for {_PIXEL_OPTIONS[name]} and changes nothing in {source}; leave it out")
 
 
 def _reader(where: str) -> Callable[[Request], Source]:

@@ -92,10 +92,11 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """``done``: what happened to the samples on their way, in words."""
+    """``done``: what happened to the samples on their way, in words. ``heeds``: options about pixels that mattered."""
 
     parts: Iterable[Part]
     done: Sequence[str] = field(default=())
+    heeds: Sequence[str] = ()
 
 
 def part_by_name(
@@ -254,7 +255,7 @@ def read_keras(request: Request) -> Source:
         rows = _Pixels(Held(x), law)
         done += [reshaped, scaled]
     labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
-    return Source([Part({spec.name: rows}, name, [labels])], done)
+    return Source([Part({spec.name: rows}, name, [labels])], done, ["scale"] if KERAS_SETS[name] else [])
 
 
 def _arranged(images: Array, spec: TensorSpec, where: str) -> tuple[Array, str]:
@@ -309,7 +310,8 @@ def _images(request: Request, files: Sequence[Path], labels: NDArray[np.int64] |
     count = len(request.chosen(len(files)))
     done = f"{count} images, {size[0]}x{size[1]} {IMAGE_MODES[channels]}{kinds}"
     rows = _Pixels(_Images(files, size, channels, axes), law)
-    return Source([Part({spec.name: rows}, request.where, None if labels is None else [labels])], [done, scaled])
+    part = Part({spec.name: rows}, request.where, None if labels is None else [labels])
+    return Source([part], [done, scaled], ["image_size", "scale"])
 
 
 def _image_layout(spec: TensorSpec, request: Request) -> tuple[int, tuple[int, int], str]:
