@@ -441,7 +441,7 @@ def bench(
             feed = {key: _of_batch(np.asarray(array), batch) for key, array in arrays.items()}
             for turned in set(layouts):
                 fed = layout.transposed(feed, layout.TO_NCHW) if turned else feed
-                np.savez(folder / INPUTS[turned], **fed)  # type: ignore[arg-type]  # a name is never allow_pickle's
+                (folder / INPUTS[turned]).write_bytes(verify.archive(fed))
             shapes = {key: array.shape for key, array in feed.items()}
             lanes = [
                 _Lane(each, batch, each.own_threads or count, folder / INPUTS[turned], timeout)

@@ -116,6 +116,7 @@ class Config:
         rows: tuple[Check | Latency, ...] = (*self.checks, *self.latency)
         models = [path for check in self.checks for path in (check.reference, *check.candidates, check.weights)]
         models += [path for gate in self.latency for path in (gate.candidate, gate.baseline)]
+        models += [place for check in self.checks for place in check.custom_objects]
         return tuple(path for path in (str(self.path), *models, *(row.data for row in rows), *self.bundles) if path)
 
 

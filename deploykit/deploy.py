@@ -28,7 +28,7 @@ from deploykit.bench import PROCESSES, BenchReport, bench
 from deploykit.bench import Candidate as Timed
 from deploykit.check import Candidate, Reference, body, check, make_reference
 from deploykit.compare import Law, policy_from
-from deploykit.data import Samples, Stream, open_samples, synthesize
+from deploykit.data import Samples, Stream, open_samples, refuse_unheeded, synthesize
 from deploykit.environment import environment
 from deploykit.errors import DataError, DeploykitError, ProofError
 from deploykit.export import ALL_LOWERINGS, Exported, export, export_stock
@@ -67,6 +67,11 @@ class DataOptions:
     image_size: tuple[int, int] | None = None
     scale: float | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises DataError for an option that only data could heed where there are none."""
+        if self.data is None:
+            refuse_unheeded("samples made without --data", (), image_size=self.image_size, scale=self.scale)
 
 
 @dataclass

@@ -15,6 +15,12 @@ from pathlib import Path
 from types import ModuleType
 
 
+def place_and_name(text: str) -> tuple[str, str]:
+    """``module:name`` or ``file.py:name`` in two; the name is empty where none is given."""
+    place, _, name = text.rpartition(":")
+    return (place, name) if place and name.isidentifier() else (text, "")
+
+
 @contextmanager
 def importable(folder: Path, *, first: bool) -> Iterator[None]:
     """Let imports find ``folder``: first for a file's neighbours, last for the working folder."""

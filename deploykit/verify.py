@@ -2269,7 +2269,7 @@ def _summary_lines(outputs: Mapping[str, Array], classes: object, limit: int = 1
 
 
 def archive(outputs: Mapping[str, Array]) -> bytes:
-    """An .npz that takes any output name (np.savez stumbles over one called "file") and has no timestamps."""
+    """An .npz that takes any name (np.savez stumbles over one called "file") and has no timestamps."""
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as archive:
         for name, value in outputs.items():
@@ -2331,7 +2331,9 @@ def _main(options: argparse.Namespace, folder: str) -> int:
     bundle = open_bundle(folder)
     targets = [path for path in (options.json, options.output) if path not in (None, "-")]
     for path in targets:
-        _claim(path, bundle, options.force)
+        _claim(path, bundle, options.force, options.predict)
+    if len(set(map(os.path.realpath, targets))) < len(targets):
+        raise RefusedError(f"--json and --output name the same file {options.json}; give each a name of its own")
     if options.output and not options.predict:
         raise RefusedError("--output needs --predict FILE; see --help")
     predicted: dict[str, Array] = {}
@@ -2410,12 +2412,14 @@ def _table(report: Mapping[str, Any]) -> Iterator[str]:
     yield verdict + (f": {report['reason']}" if report["reason"] else "")
 
 
-def _claim(path: str, bundle: Bundle, force: bool) -> None:
-    """Refuse, before any work, a target that exists or belongs to the bundle."""
+def _claim(path: str, bundle: Bundle, force: bool, given: str | None) -> None:
+    """Refuse, before any work, a target that exists, belongs to the bundle or is the data that are given."""
     target = os.path.realpath(path)
     own = [_inside(bundle.folder, name) for name in bundle.manifest["files"]]
     if target in [*own, os.path.realpath(os.path.join(bundle.folder, MANIFEST))]:
         raise RefusedError(f"{path} belongs to the bundle; choose another place")
+    if given and target == os.path.realpath(given):
+        raise RefusedError(f"{path} is what --predict reads; choose another place")
     if os.path.isdir(target) or not os.path.isdir(os.path.dirname(target)):
         raise RefusedError(f"{path} cannot be written: no such folder, or a folder itself; choose another place")
     if os.path.exists(target) and not force:

@@ -524,6 +524,16 @@ def test_the_report_file_is_replaced_only_with_force(bundle, tmp_path, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bundle", "report.json"]
 
 
+def test_one_file_is_not_two_outputs_nor_the_data(bundle, tmp_path, capsys):
+    data = user_data(tmp_path / "x.npy", np.zeros((2, 6), np.float32))
+    before = data.read_bytes()
+    asked = ("--predict", data, "--output", tmp_path / "s.npz")
+    assert "name the same file" in refused(capsys, bundle, *asked, "--json", tmp_path / "." / "s.npz")
+    assert "what --predict reads" in refused(capsys, bundle, *asked, "--json", data, "--force")
+    assert "what --predict reads" in refused(capsys, bundle, "--predict", data, "--output", data, "--force")
+    assert (data.read_bytes(), (tmp_path / "s.npz").exists()) == (before, False)
+
+
 def user_data(path, array):
     (np.savez if path.suffix == ".npz" else np.save)(
         path, **({"x": array} if path.suffix == ".npz" else {"arr": array})

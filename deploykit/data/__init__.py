@@ -26,7 +26,7 @@ from __future__ import annotations
 import numpy as np
 
 from deploykit.data.labelled import Labelled, open_labelled
-from deploykit.data.reading import in_words, opened, reader_of
+from deploykit.data.reading import in_words, opened, reader_of, refuse_unheeded
 from deploykit.data.samples import Samples, Stream
 from deploykit.data.sources import KERAS_SETS, Request
 from deploykit.data.synthetic import EDGES, FREE_SEQUENCE, FREE_SPATIAL, batch_of, other_sizes, synthesize
@@ -45,6 +45,7 @@ __all__ = [
     "open_samples",
     "other_sizes",
     "read_samples",
+    "refuse_unheeded",
     "synthesize",
 ]
 
@@ -70,8 +71,9 @@ def open_samples(
     - ``module:function`` or ``file.py:function``: Python code of the user's that makes them (`deploykit.data.program`).
 
     ``limit`` draws that many by ``seed`` (of batches that a function makes: takes the first). ``scale`` multiplies
-    pixels; without it the model's own range decides (`deploykit.data.sources.pixel_law`). A last axis of size 1 too
-    many or too few is mended; a fixed batch size drops the rest.
+    pixels; without it the model's own range decides (`deploykit.data.sources.pixel_law`). Where there are no pixels it
+    is refused, and so is ``image_size`` where no image is resized. A last axis of size 1 too many or too few is mended;
+    a fixed batch size drops the rest.
 
     Raises DataError with what was expected and what was found, MissingComponentError without pillow: here for all that
     headers tell, from ``batches`` and ``head`` for values.

@@ -35,7 +35,7 @@ from deploykit.data.rows import Held, Rows, Spool
 from deploykit.data.samples import Array
 from deploykit.data.sources import Part, Request, Source, part_by_name
 from deploykit.errors import DataError
-from deploykit.modules import import_file, importable
+from deploykit.modules import import_file, importable, place_and_name
 
 RETURNS = "return an array, a dict of arrays by input name, (x, y), or an iterable of batches of these"
 _LIBRARIES = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
@@ -44,8 +44,8 @@ _END = object()
 
 def is_program(where: str) -> bool:
     """Whether ``where`` reads like module:function."""
-    place, _, name = where.rpartition(":")
-    return bool(place) and name.isidentifier() and (place.endswith(".py") or _is_module(place))
+    place, name = place_and_name(where)
+    return bool(name) and (place.endswith(".py") or _is_module(place))
 
 
 def _is_module(place: str) -> bool:
@@ -54,7 +54,7 @@ def _is_module(place: str) -> bool:
 
 def read_program(request: Request) -> Source:
     where = request.where
-    place, _, name = where.rpartition(":")
+    place, name = place_and_name(where)
     if place.endswith(".py") and not Path(place).is_file():
         raise DataError(f"{where}: there is no file {place}; check the path")
     with _running(where, place):

@@ -23,7 +23,7 @@ from typing import Any
 import keras
 
 from deploykit.errors import CustomObjectError
-from deploykit.modules import import_file, importable
+from deploykit.modules import import_file, importable, place_and_name
 
 _FLAG = "--custom-objects takes a module, module:Name or a .py file"
 
@@ -72,9 +72,7 @@ def custom_objects(places: Sequence[str]) -> dict[str, Any]:
     """
     objects: dict[str, Any] = {}
     for place in places:
-        source, _, wanted = place.rpartition(":")
-        if not source or not wanted.isidentifier():
-            source, wanted = place, ""
+        source, wanted = place_and_name(place)
         module = _import(source)
         found = dict(_objects(module))
         if wanted:
