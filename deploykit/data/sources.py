@@ -320,7 +320,8 @@ def read_keras(request: Request) -> Source:
         done += [reshaped, scaled]
     labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
     classes = (lambda: np.array(KERAS_CLASSES[name])) if name in KERAS_CLASSES else None
-    return Source([Part({spec.name: rows}, name, [labels], y=Held(labels), classes=classes)], done, heeds=("scale",) if KERAS_SETS[name] else ())
+    part = Part({spec.name: rows}, name, [labels], y=Held(labels), classes=classes)
+    return Source([part], done, heeds=("scale",) if KERAS_SETS[name] else ())
 
 
 def _arranged(images: Array, spec: TensorSpec, where: str) -> tuple[Array, str]:
