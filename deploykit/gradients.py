@@ -14,7 +14,7 @@ float32 gradient, and the laws of the whole and of the sample are those of `depl
 lower precision each sample's gradient must keep the SNR that the policy asks of each sample of an output. A tolerance
 (``rtol``, ``atol``) speaks of outputs and has nothing to say about slopes.
 
-*Both against numbers.* In float64 the derivative along random unit directions v should be what the function itself says,
+*Both against numbers.* In float64 the derivative along random unit directions v should be what the function says,
 
     D(h) = (L(x+h·v) − L(x−h·v)) / 2h          |D(h/2) − g·v| ≤ τ,    τ = 1e-5·(|g·v| + ‖g‖/√d) + 64·eps·‖L‖/h
 
@@ -94,7 +94,7 @@ class InputGradient:
 class Differences:
     """Gradients of one model in float64 against numerical differences. ``worst``: the largest error over τ.
 
-    ``passed`` is None where they are no evidence: of the original where it disagrees, of the fused where nothing is left.
+    ``passed`` is None where they are no evidence: the original disagrees, or leaves nothing to judge the fused by.
     """
 
     model: str
@@ -177,9 +177,9 @@ def input_gradients(
 ) -> GradientReport:
     """Compare the input gradients of two Keras models of the same signature, at ``count`` of the samples.
 
-    Where the batch size is fixed, at whole batches. ``directions``: how many random directions are checked against numerical differences, for each model. ``law``: that
-    of the fused model's precision. Raises UnsupportedModelError for opaque models, and where no input or no output
-    holds floating-point numbers.
+    Where the batch size is fixed, at whole batches. ``directions``: how many random directions are checked against
+    numerical differences, for each model. ``law``: that of the fused model's precision. Raises UnsupportedModelError
+    for opaque models, and where no input or no output holds floating-point numbers.
     """
     for model in (original, fused):
         if graph_of(model) is not None:

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
+RAISED = (Exception, SystemExit, GeneratorExit)  # what that Python may raise; KeyboardInterrupt is the user, now
+
 
 @contextmanager
 def importable(folder: Path, *, first: bool) -> Iterator[None]:

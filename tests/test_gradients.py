@@ -12,7 +12,15 @@ from nets import chain, enliven, inputs_for
 from deploykit import graph
 from deploykit.errors import UnsupportedModelError
 from deploykit.fuse import fuse
-from deploykit.gradients import GradientReport, _Gradient, _Norms, input_gradients
+from deploykit.gradients import (
+    GradientReport,
+    _Compared,
+    _Gradient,
+    _Norms,
+    _told_fused,
+    _told_original,
+    input_gradients,
+)
 from deploykit.verify import FLOAT32, POLICIES
 
 L = keras.layers
@@ -156,6 +164,29 @@ def test_numbers_judge_where_the_original_agrees_with_them(kind):
     assert wrong.inputs[0].passed
     assert wrong.reason == f"numerical differences, fused: {wrong.differences[1].reason}"
     assert "DISAGREE" in wrong.text()
+
+
+@pytest.mark.parametrize(
+    ("original", "fused", "passed", "directions"),
+    [
+        ("ss", "ss", (True, True), 2),
+        ("ss", "sd", (True, False), 2),
+        ("sd", "sd", (None, True), 1),
+        ("ds", "sd", (None, False), 1),
+        ("dd", "ds", (None, None), 0),
+        ("kk", "ss", (None, None), 0),
+        ("ks", "sk", (True, False), 0),
+    ],
+)
+def test_each_direction_is_judged_on_its_own(original, fused, passed, directions):
+    """Of each direction: s the same as numbers, d different, k across a kink."""
+    there, here = (
+        _Compared(np.array([sign != "k" for sign in signs]), np.array([3.0 * (sign == "d") for sign in signs]))
+        for signs in (original, fused)
+    )
+    told = _told_original(there), _told_fused(here, there)
+    assert tuple(part.passed for part in told) == passed
+    assert told[1].directions == directions
 
 
 def test_models_of_a_fixed_batch_are_asked_in_whole_batches():

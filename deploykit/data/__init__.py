@@ -1,8 +1,9 @@
 """Samples: what goes through a model when it is compared or timed.
 
-Either the user's own (`open_samples`: arrays, folders of them or of images, a Keras data set, a Python function) or
-made up (`synthesize`, `other_sizes`). Both fit the signature exactly when they leave here: names, shapes, dtypes, one
-number of samples, no NaN; what had to be done to them is written into ``source``. Pickles are never read.
+Either the user's own (`open_samples`: arrays, folders of them or of images, a Keras data set, a Python function;
+`hold_samples`: arrays in memory) or made up (`synthesize`, `other_sizes`). Both fit the signature exactly when they
+leave here: names, shapes, dtypes, one number of samples, no NaN; what had to be done to them is written into
+``source``. Pickles are never read.
 
     samples    what everybody holds: `Samples` in memory, `Stream` read batch by batch
     fit        what an input takes against what there is: headers at once, values when they are read
@@ -27,7 +28,7 @@ from pathlib import Path
 import numpy as np
 
 from deploykit.data.fit import Fitted, fitted
-from deploykit.data.program import is_program, read_program
+from deploykit.data.program import is_program, part_of, read_program
 from deploykit.data.samples import Array, Numbers, Samples, Stream
 from deploykit.data.sources import KERAS_SETS, Part, Request, Source, read_folder, read_keras, read_npy, read_npz
 from deploykit.data.synthetic import EDGES, FREE_SEQUENCE, FREE_SPATIAL, batch_of, other_sizes, synthesize
@@ -41,6 +42,7 @@ __all__ = [
     "KERAS_SETS",
     "Samples",
     "Stream",
+    "hold_samples",
     "open_samples",
     "other_sizes",
     "read_samples",
@@ -81,12 +83,23 @@ def open_samples(
     Raises DataError with what was expected and what was found, MissingComponentError without pillow: here for all that
     headers tell, from ``batches`` and ``head`` for values.
     """
-    if limit is not None and limit < 1:
-        raise DataError(f"a limit of {limit} samples leaves none; give at least 1")
     if scale is not None and (not math.isfinite(scale) or scale == 0):
         raise DataError(f"a pixel scale of {scale} makes no sense; 1 keeps 0..255 and 0.00392157 gives 0..1")
     request = Request(where, signature, limit, seed, image_size, scale)
-    source = _reader(where)(request)
+    return _stream(_reader(where)(request), request)
+
+
+def hold_samples(given: object, signature: Signature, where: str, *, limit: int | None = None, seed: int = 0) -> Stream:
+    """Samples that the caller holds, by the rules of `open_samples`: an array, a dict of arrays by input name, (x, y).
+
+    ``where`` says what they are. Raises DataError as `open_samples` does.
+    """
+    request = Request(where, signature, limit, seed, None, None)
+    return _stream(Source([part_of(given, request, where)]), request)
+
+
+def _stream(source: Source, request: Request) -> Stream:
+    where, signature = request.where, request.signature
     parts = _fitting_parts(source, signature)
     counts = [part.count for part, _ in parts]
     numbers = request.chosen(sum(counts))

@@ -56,6 +56,10 @@ class Request:
     image_size: tuple[int, int] | None
     scale: float | None
 
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise DataError(f"a limit of {self.limit} samples leaves none; give at least 1")
+
     def chosen(self, count: int) -> Numbers:
         """Which of ``count`` samples are used: all, or ``limit`` of them drawn by ``seed``, in their order.
 
