@@ -950,6 +950,7 @@ def ci(
 
 INTERRUPTED = 130  # 128 + SIGINT
 _NO_ROOM = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
+_NO_WAY = {errno.ENAMETOOLONG, errno.EACCES}  # what asking whether a file is there may end in
 
 
 def _one_line(text: str) -> str:
@@ -973,6 +974,9 @@ def _exit_code(error: BaseException) -> tuple[int, str]:
         return 2, error.format_message()
     if isinstance(error, OSError) and error.errno in _NO_ROOM:
         return 2, f"cannot write: {(error.strerror or 'no room').lower()}; free some space or choose another -o"
+    if isinstance(error, OSError) and error.errno in _NO_WAY:
+        place = os.fspath(error.filename or "a file")
+        return 2, f"cannot reach {place!s:.60} ({(error.strerror or 'no way').lower()}); check the path"
     if isinstance(error, MemoryError):
         return 2, "out of memory; give fewer --samples or use a machine with more"
     return 70, f"internal error, please report it: {type(error).__name__}: {error}"

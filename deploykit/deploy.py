@@ -95,11 +95,11 @@ def samples_for(model: Any, options: DataOptions, most: int | None = None) -> Sa
     """The user's samples, or seeded synthetic ones with edge cases; ``most``: unless the options have a limit."""
     signature = signature_of(model)
     if options.data is None:
-        return synthesize(signature, count=options.limit or SYNTHETIC, seed=options.seed)
+        return synthesize(signature, count=SYNTHETIC if options.limit is None else options.limit, seed=options.seed)
     return open_samples(
         options.data,
         signature,
-        limit=options.limit or most,
+        limit=most if options.limit is None else options.limit,
         seed=options.seed,
         image_size=options.image_size,
         scale=options.scale,

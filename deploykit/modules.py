@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
+RAISED = (Exception, SystemExit, GeneratorExit)  # what that Python may raise; KeyboardInterrupt is the user, now
+
 
 def place_and_name(text: str) -> tuple[str, str]:
     """``module:name`` or ``file.py:name`` in two; the name is empty where none is given."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -20,6 +21,7 @@ from nets import chain, enliven
 from test_verify import write_bundle
 
 from deploykit import graph
+from deploykit.cli import _exit_code
 
 L = keras.layers
 ROOT = Path(__file__).resolve().parent.parent
@@ -276,6 +278,9 @@ def test_an_output_below_a_file_is_refused(cli, small, tmp_path, verb):
     refused(cli(verb, small, "-o", tmp_path / "file" / "below"), "file")
 
 
+LONG = "a" * 5000  # no file can be called so
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -287,6 +292,12 @@ def test_an_output_below_a_file_is_refused(cli, small, tmp_path, verb):
         ["fuse", "{small}", "--image-size", "12"],
         ["bench", "{small}", "--batch", "1,x"],
         ["check", "{small}"],
+        ["check", LONG],
+        ["check", "{small}", LONG],
+        ["check", "{small}", LONG + ".onnx"],
+        ["check", "{small}", "{small}", "--json", LONG],
+        ["fuse", "{small}", "-o", LONG],
+        ["check", "{small}", "{small}", "--samples", "1" + 30 * "0"],
         ["check", "{small}", "{small}", "--runtime", "abacus"],
         ["deploy", "{small}"],
         ["fuse", "{small}", "--dry-run", "--data", "nowhere.npz"],
@@ -295,6 +306,13 @@ def test_an_output_below_a_file_is_refused(cli, small, tmp_path, verb):
 )
 def test_bad_usage_is_one_line(cli, small, arguments):
     refused(cli(*[argument.format(small=small) for argument in arguments]))
+
+
+@pytest.mark.parametrize("number", [errno.ENAMETOOLONG, errno.EACCES])
+def test_a_path_that_leads_nowhere_is_no_internal_error(number):
+    code, line = _exit_code(OSError(number, "No Way", "a" * 5000))
+    assert (code, len(line) < 200) == (2, True)
+    assert "no way" in line
 
 
 # ------------------------------------------------------------------------------------------- real processes

@@ -605,6 +605,8 @@ def test_counts_are_whole_batches(batch: int | None, count: int, result: int) ->
         (one((3,), "string"), {}, "--data"),
         (one((3,), "complex64"), {}, "--data"),
         (one((3,)), {"count": 0}, "at least 1"),
+        (one((3,)), {"count": 10**30}, "more than any memory holds"),
+        (one((2**30,)), {"count": 2**30}, "more than any memory holds"),
         (one((None, None)), {"free": (3,)}, "each open one"),
         (one((None,)), {"free": 0}, "at least 1"),
         (takes(), {}, "no inputs"),
