@@ -631,11 +631,14 @@ def recalibrate(
     net = _Net(model, batch)
     judged = data if test is None else test
     labels = _labels(net.found, judged)
-    if isinstance(labels, str) and test is not None:
-        raise InputError(f"there is no accuracy on {test.source}: {labels}; give labelled samples, or leave --test out")
+    why_not = labels if isinstance(labels, str) else None
+    if why_not is not None and test is not None:
+        raise InputError(
+            f"there is no accuracy on {test.source}: {why_not}; give labelled samples, or leave --test out"
+        )
     known = None if isinstance(labels, str) else labels
 
-    def look(at: _Net, when: str, strict: bool) -> Survey:
+    def look(at: _Net, when: str, *, strict: bool) -> Survey:
         found = at.survey(data, known if test is None else None, _told(progress, when), strict=strict)
         if test is None:
             return found
@@ -644,31 +647,23 @@ def recalibrate(
     before = look(net, "before", strict=False)  # statistics that never settled may let a deep net overflow
     changes = {key: deviation(net.layer(key), seen) for key, seen in before.seen.items()}
     passes = METHODS[method](net, data, seed, progress)
-
     new = _copied(model)
     for key, layer in norms(trace(new)).items():
         _give(layer, *_stored(net.layer(net.same[key])))
     done = _Net(new, batch)
     after = look(done, "after", strict=True)
-    rest = {key: deviation(done.layer(key), seen) for key, seen in after.seen.items()}
-    settled = {key: _settled(done.layer(key), seen) for key, seen in after.seen.items()}
-    if method == "sequential":
-        for key in net.order:
-            if not settled[key]:
-                raise ProofError(
-                    f"measured once more, what enters {done.names[key]} is off by {rest[key].worst_shift_sigma:.2g} "
-                    f"sigma (variance x {rest[key].worst_variance_ratio:.3g}) from what was stored; "
-                    "are the samples the same each time they are read, and is there no noise in the model?"
-                )
+    layers = []
+    for key in net.order:
+        layer, seen = done.layer(key), after.seen[key]
+        rest, settled = deviation(layer, seen), _settled(layer, seen)
+        if method == "sequential" and not settled:
+            raise ProofError(
+                f"measured once more, what enters {net.names[key]} is off by {rest.worst_shift_sigma:.2g} sigma "
+                f"(variance x {rest.worst_variance_ratio:.3g}) from what was stored; "
+                "are the samples the same each time they are read, and is there no noise in the model?"
+            )
+        layers.append(LayerChange(net.names[key], layer.moving_mean.shape[0], changes[key], rest, settled))
     accuracy = None if before.score is None or after.score is None else (before.score, after.score)
-    notices = [
-        f"{node.name} is called with training=True: where a caller asks for no mode it normalises by its batch, whatever "
-        "is stored"
-        for node in net.nodes
-        if node.training and node.layer.trainable
-    ]
-    if accuracy is not None and accuracy[1].accuracy < accuracy[0].accuracy:
-        notices.append("the accuracy fell: look whether the data is what the model will meet")
     return Recalibrated(
         model=new,
         method=method,
@@ -676,12 +671,20 @@ def recalibrate(
         data=data.source,
         batch=net.size(data.count),
         passes=passes,
-        layers=tuple(
-            LayerChange(net.names[key], net.layer(key).moving_mean.shape[0], changes[key], rest[key], settled[key])
-            for key in net.order
-        ),
+        layers=tuple(layers),
         accuracy=accuracy,
         judged_on=None if accuracy is None else judged.source,
-        why_not=labels if isinstance(labels, str) else None,
-        notices=tuple(notices),
+        why_not=why_not,
+        notices=tuple(_notices(net, accuracy)),
     )
+
+
+def _notices(net: _Net, accuracy: tuple[Score, Score] | None) -> Iterator[str]:
+    for node in net.nodes:
+        if node.training and node.layer.trainable:
+            yield (
+                f"{node.name} is called with training=True: where a caller asks for no mode it normalises by its "
+                "batch, whatever is stored"
+            )
+    if accuracy is not None and accuracy[1].accuracy < accuracy[0].accuracy:
+        yield "the accuracy fell: look whether the data is what the model will meet"
