@@ -174,6 +174,19 @@ def test_steps_of_a_sequence_are_pooled():
     agrees(norms(found.model)[0], *expected([data.arrays["x"].astype(np.float64)]))
 
 
+def test_a_layer_that_is_called_directly_and_in_a_wrapper_has_one_mean():
+    bn, x = BN(name="shared"), keras.Input((4, 6), name="x")
+    pooled = L.GlobalAveragePooling1D()(x)
+    model = enliven(keras.Model(x, [L.TimeDistributed(bn, name="steps")(x), bn(pooled)]))
+    data = drawn(model)
+    # Keras cannot read such a model back from a file, so that there is no new one to look at
+    (seen,) = recalibration._Net(model).survey(data, None, str, strict=True).seen.values()
+    entered = data.arrays["x"].astype(np.float64)
+    mean, variance = expected([entered, entered.mean(1)])
+    np.testing.assert_allclose(seen.mean, mean, atol=1e-6)
+    np.testing.assert_allclose(seen.variance, variance, rtol=1e-5)
+
+
 def masked_net(axis: int = -1) -> keras.Model:
     x = keras.Input((5,), dtype="int32", name="x")
     return enliven(keras.Model(x, BN(axis=axis)(L.Embedding(9, 3, mask_zero=True)(x))))
@@ -221,6 +234,7 @@ def test_batches_are_combined_without_losing_digits():
 def test_a_batch_without_values_changes_nothing():
     some = moments(np.arange(6.0).reshape(3, 2), 1)
     none = moments(np.full((3, 2), np.nan), 1, np.zeros(3, bool))
+    assert (none + none).finite
     for total in (some + none, none + some):
         assert isinstance(total, Moments)
         assert total.finite
@@ -372,7 +386,7 @@ def itself() -> keras.Model:
 class Live(L.Layer):
     def __init__(self, **options):
         super().__init__(**options)
-        self.bn = BN(name="live")
+        self.bn = BN(name="live", trainable=self.trainable)
 
     def build(self, shape):
         self.bn.build(shape)
@@ -428,6 +442,7 @@ def test_training_mode_that_a_caller_overrules_is_told():
     found = recalibrate(model, drawn(model))
     assert found.notices[0].startswith("bn is called with training=True")
     assert not recalibrate(frozen(), drawn(model)).notices
+    recalibrate(chain((6,), Live(name="inside", trainable=False)), drawn(model))  # frozen: Keras normalises as stored
 
 
 def test_a_layer_called_on_what_it_made_is_taken_by_joint():

@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Iterator
 
 import keras
-from keras.src.saving.serialization_lib import SafeModeScope, in_safe_mode  # no public names for them
+from keras.src.saving.serialization_lib import SafeModeScope  # no public name for it
 
 _LOGGERS = ("absl", "tensorflow", "keras")
 _FRAMES_PER_PART = 4  # Keras walks a graph recursively, a few frames for each layer
@@ -49,11 +49,6 @@ def safe_mode(on: bool) -> Iterator[None]:
     """Keras' safe mode for the block, whatever the process has set."""
     with SafeModeScope(on):
         yield
-
-
-def safe_here() -> bool:
-    """Whether safe mode is on in the block around: it is, unless somebody has switched it off."""
-    return in_safe_mode() is not False
 
 
 @contextlib.contextmanager

@@ -48,9 +48,10 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import partial, reduce
+from operator import add
 from pathlib import Path
 from typing import Any, Literal
 
@@ -75,7 +76,6 @@ from deploykit.graph import (
     trace,
     values_per_sample,
 )
-from deploykit.load import state
 from deploykit.opaque import graph_of
 
 ops = keras.ops
@@ -119,6 +119,10 @@ class Moments:
         apart = other.mean - self.mean
         squares = self.squares + other.squares + apart**2 * self.count * share
         return Moments(count, self.mean + apart * share, squares)
+
+
+def _sum(parts: Iterable[Moments]) -> Moments:
+    return reduce(add, parts)
 
 
 def moments(x: Any, axis: int, mask: Any = None) -> Moments:
@@ -322,8 +326,7 @@ class _Net:
     def __init__(self, model: Any, batch: int | None = None) -> None:
         self.found = found = trace(model)
         most = min(BATCH, BATCH_ELEMENTS // max(1, values_per_sample(found)))
-        self.fixed = found.signature.inputs[0].shape[0]
-        self.batch = self.fixed or batch or max(1, most)
+        self.batch = found.signature.inputs[0].shape[0] or batch or max(1, most)
         originals = norms(found)
         first = {id(layer): key for key, layer in reversed(originals.items())}
         self.same = {key: first[id(layer)] for key, layer in originals.items()}  # of a shared layer, one key for all
@@ -356,7 +359,7 @@ class _Net:
     def seen(self, key: Key, source: str) -> Moments:
         """What entered a layer since its probes were started."""
         heard = [probe.seen for probe in self.probes[key] if probe.seen is not None]
-        total = sum(heard[1:], heard[0]) if heard else None
+        total = _sum(heard) if heard else None
         if total is None or total.count.min() < 2:
             raise DataError(
                 f"fewer than two values of a channel enter {self.names[key]} ({source}): there is no variance; "
@@ -376,7 +379,7 @@ class _Net:
 
     def size(self, count: int) -> int:
         """Samples at a time, so that the last batch is not much smaller than the others."""
-        return self.fixed or math.ceil(count / math.ceil(count / self.batch))
+        return math.ceil(count / math.ceil(count / self.batch))
 
     def answers(
         self,
@@ -589,9 +592,19 @@ def _copied(model: Any) -> Any:
     with tempfile.TemporaryDirectory(prefix="deploykit-") as room:
         path = write_keras(model, Path(room) / "model.keras")
         try:
-            return keras.models.load_model(path, compile=False, safe_mode=state.safe_here())
+            return keras.models.load_model(path, compile=False)  # safe mode: that of the scope around
         except Exception as error:  # whatever Keras makes of it
             raise UnsupportedModelError(f"Keras cannot read back model {model.name}: {cause(error)}") from error
+
+
+def _twins(net: _Net, new: Any) -> dict[Key, Key]:
+    """For each BatchNormalization of a copy, that of the original: by order, as custom layers may lose their names."""
+    theirs = norms(trace(new))
+    if len(theirs) != len(net.same):
+        raise UnsupportedModelError(
+            f"Keras reads back model {new.name} with other layers; see the custom ones' get_config"
+        )
+    return dict(zip(theirs, net.same.values(), strict=True))
 
 
 def _told(progress: Callable[[str], None], what: str) -> Callable[[str], None]:
@@ -648,13 +661,15 @@ def recalibrate(
     changes = {key: deviation(net.layer(key), seen) for key, seen in before.seen.items()}
     passes = METHODS[method](net, data, seed, progress)
     new = _copied(model)
-    for key, layer in norms(trace(new)).items():
-        _give(layer, *_stored(net.layer(net.same[key])))
+    twins = _twins(net, new)
+    for place, layer in norms(trace(new)).items():
+        _give(layer, *_stored(net.layer(twins[place])))
     done = _Net(new, batch)
     after = look(done, "after", strict=True)
     layers = []
     for key in net.order:
-        layer, seen = done.layer(key), after.seen[key]
+        mine = [place for place in after.seen if twins[place] == key]  # one, unless Keras lost that a layer is shared
+        layer, seen = done.layer(mine[0]), _sum(after.seen[place] for place in mine)
         rest, settled = deviation(layer, seen), _settled(layer, seen)
         if method == "sequential" and not settled:
             raise ProofError(
