@@ -490,6 +490,72 @@ def migrate(
 
 
 @app.command()
+def recalibrate(
+    model: Model,
+    data: Annotated[
+        str, typer.Option("--data", help="What the statistics are measured on, training images say; as elsewhere.")
+    ],
+    output: Out = None,
+    method: Annotated[
+        Literal["sequential", "joint"],
+        typer.Option("--method", help="Layer after layer, exact and proven; or all at once, in one pass."),
+    ] = "sequential",
+    test: Annotated[
+        str | None,
+        typer.Option("--test", metavar="DATA", help="Labelled samples for the accuracy; default: those of --data."),
+    ] = None,
+    samples: Samples = None,
+    image_size: ImageSize = None,
+    scale: Scale = None,
+    custom_objects: Custom = None,
+    weights: Weights = None,
+    allow_code: AllowCode = False,
+    seed: Seed = 0,
+    force: Force = False,
+    json: Json = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Measure the statistics of every BatchNormalization anew over a data set, write MODEL.recalibrated.keras."""
+    read = [model, weights, data, test, *(custom_objects or ())]
+    target = output or model.with_suffix(".recalibrated.keras")
+    with _terminal(json, quiet, verbose, force, read, {"-o": target}) as terminal:
+        from deploykit.files import claim
+
+        if target.suffix != ".keras":
+            raise InputError(f"-o {target}: a recalibrated model is written as .keras; give a name that ends so")
+        claim(target, force=force, inputs=read)
+        terminal.progress("loading")
+        from deploykit.archive import write_keras
+        from deploykit.deploy import Clock, samples_for
+        from deploykit.transfer.recalibration import recalibrate as run
+
+        clock = Clock()
+        loaded = _load(model, custom_objects, weights, allow_code)
+        clock.lap("load")
+        inputs = samples_for(loaded.model, _data(data, samples, image_size, scale, seed))
+        judged = None if test is None else samples_for(loaded.model, _data(test, None, image_size, scale, seed))
+        with loaded.scope(), _reported(terminal, "recalibrate", model, clock):
+            found = run(loaded.model, inputs, method=method, test=judged, seed=seed, progress=terminal.progress)
+            clock.lap("recalibrate")
+            written = write_keras(found.model, target, force=force)
+        notices = [*loaded.notices, *found.notices]
+        if loaded.training_config_found:
+            notices.append("the new file holds no training configuration and no optimizer; compile it to train on")
+        report = _report(
+            "recalibrate",
+            clock,
+            found.to_json(),
+            model=str(model),
+            proven=found.proven,
+            reason=found.reason,
+            notices=notices,
+            outputs_written=[str(written)],
+        )
+        _finish(terminal, report)
+
+
+@app.command()
 def export(
     model: Model,
     output: Out = None,

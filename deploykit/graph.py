@@ -363,6 +363,14 @@ def trace(model: Any) -> Trace:
     return replace(found, signature=_signature(found))
 
 
+def showing(found: Trace, tensors: Sequence[int]) -> Trace:
+    """The same trace with other outputs: a list of tensors that layers make."""
+    makers = [found.producer(tensor) for tensor in tensors]
+    names = tuple(maker.name for maker in makers if maker is not None)
+    structure = [Ref(place) for place in range(len(tensors))]
+    return replace(found, outputs=tuple(tensors), output_structure=structure, output_names=names)
+
+
 def _signature(found: Trace) -> Signature:
     inputs = []
     for index, layer in zip(found.inputs, found.input_layers, strict=True):
@@ -860,6 +868,15 @@ def squashed_outputs(found: Trace) -> tuple[bool, ...]:
     return tuple(maker is not None and found.calls(maker) == 1 and _squashes(maker) is not None for maker in makers)
 
 
+def activation_of(found: Trace, tensor: int) -> str | None:
+    """The name of the activation that makes a tensor ("sigmoid"), in a layer or as one; else of what makes it."""
+    maker = found.producer(tensor)
+    if maker is None:
+        return None
+    inside = getattr(getattr(maker.layer, "activation", None), "__name__", None)
+    return inside or type(maker.layer).__name__.lower()
+
+
 def replay(
     found: Trace,
     *,
@@ -1028,7 +1045,7 @@ def run(model: Any, arrays: Mapping[str, npt.NDArray[Any]], *, batch: int = 32) 
             ]
             outputs = [numpy(output) for output in call(*flat)]
         except Exception as error:  # whatever TensorFlow or a layer raises
-            raise UnsupportedModelError(f"TensorFlow cannot run model {model.name} here: {_cause(error)}") from error
+            raise UnsupportedModelError(f"TensorFlow cannot run model {model.name} here: {cause(error)}") from error
         if any(output.ndim == 0 or len(output) != len(parts[0]) for output in outputs):
             raise UnsupportedModelError(
                 f"model {model.name} has an output without a batch axis; samples cannot be told"
@@ -1040,7 +1057,7 @@ def run(model: Any, arrays: Mapping[str, npt.NDArray[Any]], *, batch: int = 32) 
 _MARKS = ("<stack traces", "•", "Exception encountered", "Arguments received", "Detected at", "Graph execution error")
 
 
-def _cause(error: Exception) -> str:
+def cause(error: Exception) -> str:
     """The line of a Keras or TensorFlow message that says what is wrong."""
     lines = [line.strip() for line in str(error).splitlines()]
     said = next((line for line in lines if line and not line.startswith(_MARKS) and "\x1b" not in line), "")

@@ -266,7 +266,7 @@ class Row:
     judge_weights: Callable[[Weights], str | None] | None = None
 
 
-RECALIBRATE = "run training data through model(x, training=True), without an optimizer, until the statistics settle"
+RECALIBRATE = "run `deploykit recalibrate` with training data"
 
 ROWS: tuple[Row, ...] = (
     Row(

@@ -388,6 +388,51 @@ def migrate(report: Json, console: Console) -> None:
     console.print(Group(head, _grid(rows + _notices(report))))
 
 
+# ------------------------------------------------------------------------------------------- recalibrate
+
+
+def _shifts(layers: list[Json]) -> RenderableType:
+    table = _table("layer", "channels", "shift", "worst", "variance", "worst", "shift after", right=range(1, 7))
+    for row in layers if len(layers) <= ROWS else layers[: ROWS - 1]:
+        sigmas = [small(row["shift_sigma"]), small(row["worst_shift_sigma"])]
+        ratios = [f"x {small(row[key])}" for key in ("variance_ratio", "worst_variance_ratio")]
+        after = small(row["after"]["worst_shift_sigma"])
+        table.add_row(escape(row["layer"]), f"{row['channels']:,}", *sigmas, *ratios, after)
+    if len(layers) > ROWS:
+        table.add_row(f"... {len(layers) - ROWS + 1} more in --json", *[""] * 6)
+    return table
+
+
+def _loss(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def recalibrate(report: Json, console: Console) -> None:
+    """Accuracy first, then how far each layer was off, in units of its own sigma."""
+    accuracy = report["accuracy"]
+    rows: list[tuple[str, RenderableType]] = []
+    if accuracy["after"] is None:
+        rows.append(("accuracy", escape(f"not measured: {accuracy['reason']}")))
+    else:
+        losses = " -> ".join(_loss(accuracy[f"loss_{when}"]) for when in ("before", "after"))
+        rows.append(
+            ("accuracy", f"{100 * accuracy['before']:.2f} % -> {100 * accuracy['after']:.2f} %  (loss {losses})")
+        )
+        rows.append(("", escape(f"on {count(accuracy['samples'], 'sample')}: {accuracy['data']}")))
+    rows.append(("measured", escape(f"{report['method']}, {count(report['samples'], 'sample')}: {report['data']}")))
+    passes = "one pass" if report["passes"] == 1 else f"{report['passes']} passes"
+    rows.append(("", f"in {passes}, {count(report['batch'], 'sample')} at a time"))
+    rows.append(("layers", _shifts(report["layers"])))
+    if report["proven"]:
+        rows.append(("proven", "measured once more, the new model's statistics are those of what enters its layers"))
+    else:
+        rows.append(("NOT PROVEN", Text(report["reason"], style="yellow")))
+    rows.append(("written", escape(", ".join(report["outputs_written"]))))
+    rows += _notices(report)
+    rows.append(("seconds", f"{report['seconds']['total']:.1f}  ({_seconds(report)})"))
+    console.print(Group(_head(report), _grid(rows)))
+
+
 RENDERERS: Mapping[str, Callable[[Json, Console], None]] = {
     "deploykit.inspect/1": inspect,
     "deploykit.fuse/1": fuse,
@@ -396,6 +441,7 @@ RENDERERS: Mapping[str, Callable[[Json, Console], None]] = {
     "deploykit.bench/1": bench,
     "deploykit.deploy/1": deploy,
     "deploykit.migrate/1": migrate,
+    "deploykit.recalibrate/1": recalibrate,
     "deploykit.ci/1": ci,
 }
 
