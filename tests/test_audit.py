@@ -70,7 +70,7 @@ def copied(model):
 def swapped(model, *, freeze=True, head=None, nested=False, front=(), **call):
     """The body of a copy of ``model`` with a new head; ``nested``: called as a model, with ``call``."""
     body = copied(model)
-    body = keras.Model(body.inputs, body.get_layer("pool").output, name="body")
+    body = keras.Model(body.inputs[0], body.get_layer("pool").output, name="body")
     body.trainable = not freeze
     head = head or [L.Dense(2, activation="softmax", name="shirts")]
     if nested or front:
@@ -79,7 +79,7 @@ def swapped(model, *, freeze=True, head=None, nested=False, front=(), **call):
             x = layer(x)
         x = body(x, **call)
     else:
-        start, x = body.inputs, body.output
+        start, x = body.inputs[0], body.output
     for layer in head:
         x = layer(x)
     return keras.Model(start, x, name="swapped")
@@ -229,13 +229,14 @@ def siamese():
     return keras.Model([left, right], L.Add()([L.Dense(2)(shared(left)), L.Dense(2)(shared(right))]))
 
 
-def tuned():
-    """Fine-tuned: kernels, gammas and statistics have all moved."""
+def tuned(freeze=False):
+    """Fine-tuned: gammas and statistics have all moved."""
     model = swapped(base(), freeze=False)
     model(PIXELS, training=True)
     for layer in model.layers:
         if isinstance(layer, L.BatchNormalization):
             layer.gamma.assign(numpy(layer.gamma) * 1.01)
+            layer.trainable = not freeze
     return model
 
 
@@ -252,6 +253,7 @@ CLEAN = {
         base(),
     ),
     "a body that was fine-tuned": lambda: (tuned(), base()),
+    "a body that was fine-tuned, then frozen": lambda: (tuned(freeze=True), base()),
     "the base itself": lambda: (base(), base()),
     "a frozen BatchNormalization called with training=True": lambda: (normed(True, trainable=False),),
     "a trainable BatchNormalization": lambda: (normed(None),),
@@ -378,16 +380,30 @@ def test_in_mode_batch_an_answer_depends_on_its_batch():
         assert np.allclose(numpy(model(x))[:1], numpy(model(x[:1])), atol=1e-5) is not depends
 
 
-def test_a_norm_inside_a_wrapper_is_seen():
+def test_a_norm_inside_a_wrapper_is_judged_by_its_own_weights():
     def build():
-        return enliven(chained(L.TimeDistributed(L.BatchNormalization(name="inner"), name="steps"), shape=(5, 3)))
+        inside = keras.Sequential([keras.Input((3,)), dense(3, name="map"), L.BatchNormalization(name="inner")])
+        return settled(chained(L.TimeDistributed(inside, name="steps"), shape=(5, 3)))
 
     model, origin = build(), build()
-    model.get_layer("steps").layer.moving_mean.assign([9.0, 9.0, 9.0])
+    norm = model.get_layer("steps").layer.get_layer("inner")
+    norm.moving_mean.assign([9.0, 9.0, 9.0])
+    model.get_layer("steps").layer.get_layer("map").bias.assign([7.0, 7.0, 7.0])
     (finding,) = found(model, origin)
     assert (finding.layer, finding.code) == ("steps/inner", "statistics_moved")
-    subject = subject_of(model, origin)
-    assert subject.norms[0].layer == "steps/inner"
+    norm.beta.assign([1.0, 1.0, 1.0])
+    assert found(model, origin) == ()
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_without_gamma_and_beta_only_a_frozen_norm_can_be_judged(trainable):
+    def build():
+        return chained(L.BatchNormalization(name="bn", scale=False, center=False))
+
+    model, origin = build(), build()
+    model.get_layer("bn").moving_mean.assign(np.full(6, 9.0))
+    model.get_layer("bn").trainable = trainable
+    assert [finding.code for finding in found(model, origin)] == ([] if trainable else ["statistics_moved"])
 
 
 def test_parameters_are_counted_by_what_becomes_of_them():

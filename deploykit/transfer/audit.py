@@ -50,7 +50,7 @@ from deploykit.load import Loaded
 from deploykit.load.training import Loss, Training
 from deploykit.load.training import read as read_training
 from deploykit.opaque import graph_of
-from deploykit.transfer.likeness import LayerChange, Likeness, layers_of, likeness, weights_of
+from deploykit.transfer.likeness import Likeness, WeightChange, layers_of, likeness, weights_of
 
 L = keras.layers
 
@@ -114,14 +114,14 @@ class Finding:
 
 @dataclass(frozen=True)
 class Norm:
-    """A BatchNormalization. ``asked``: what its calls ask for, of True, False and None (nothing).
+    """A BatchNormalization, ``part`` of the layer that ``node`` calls, or that layer itself.
 
-    ``part``: what its weights are called inside ``node``'s layer, "" where it is that layer.
+    ``asked``: what its calls ask for, of True, False and None (nothing).
     """
 
     layer: str
     node: Node
-    part: str
+    part: Any
     trainable: bool
     asked: tuple[bool | None, ...]
 
@@ -191,11 +191,10 @@ def _norms(nodes: list[Node]) -> Iterator[Norm]:
     node = nodes[0]
     for part in node.layer._flatten_layers() if isinstance(node.layer, L.Layer) else ():
         if isinstance(part, L.BatchNormalization):
-            own = part is node.layer
             yield Norm(
-                layer=node.name if own else f"{node.name}/{part.name}",
+                layer=node.name if part is node.layer else f"{node.name}/{part.name}",
                 node=node,
-                part="" if own else f"{part.name}/",
+                part=part,
                 trainable=bool(part.trainable),
                 asked=tuple(dict.fromkeys(call.training for call in nodes)),
             )
@@ -290,20 +289,22 @@ def _preprocessing(found: Trace) -> list[tuple[Stage, ...]]:
 # -------------------------------------------------------------------------------------------------- judges
 
 
-def _changes(at: Subject) -> dict[str, LayerChange]:
-    """What became of the layers that the base has, too, by their names here."""
-    return {} if at.likeness is None else {change.layer: change for change in at.likeness.of("equal", "changed")}
+def _became(at: Subject, norm: Norm) -> list[WeightChange]:
+    """What became of a BatchNormalization's own weights; nothing where the base does not have it."""
+    kept = [] if at.likeness is None else at.likeness.of("equal", "changed")
+    change = next((change for change in kept if change.layer == norm.node.name), None)
+    own = {id(variable) for variable in norm.part.weights}
+    pairs = [] if change is None else zip(weights_of(norm.node.layer), change.weights, strict=True)
+    return [weight for variable, weight in pairs if id(variable) in own]
 
 
 def _statistics_moved(at: Subject) -> Said:
-    changes = _changes(at)
     for norm in at.norms:
-        change = changes.get(norm.node.name)
-        weights = [w for w in change.weights if w.name.startswith(norm.part)] if change is not None else []
+        weights = _became(at, norm)
         learnt = [weight for weight in weights if not weight.is_statistic]
         moved = [weight for weight in weights if weight.is_statistic and not weight.equal]
-        still = bool(learnt) and all(weight.equal for weight in learnt)
-        if not moved or not (still or not norm.trainable):
+        trained = not all(weight.equal for weight in learnt)  # whatever the flag says now
+        if not moved or trained or (norm.trainable and not learnt):
             continue
         known = [weight.distance for weight in moved if weight.distance is not None]
         far = f" by up to {max(known):.2g} of their size" if known else ""
@@ -503,8 +504,8 @@ ROWS: tuple[Row, ...] = (
     Row(
         "statistics_moved",
         "warning",
-        "with `--base`: the moving statistics of a BatchNormalization changed, while it was frozen or its gamma and "
-        "beta are the base's",
+        "with `--base`: the moving statistics of a BatchNormalization changed, and its gamma and beta did not: "
+        "it was not trained",
         f"unless they were recalibrated on purpose, {FREEZE} and train from the base again",
         _statistics_moved,
     ),
@@ -706,15 +707,12 @@ def _layers_json(at: Subject) -> list[dict[str, Any]]:
 
 
 def _norms_json(at: Subject) -> list[dict[str, Any]]:
-    changes = _changes(at)
     rows = []
     for norm in at.norms:
         row: dict[str, Any] = {"layer": norm.layer, "mode": norm.mode, "called_with": list(norm.asked)}
-        change = changes.get(norm.node.name)
         for label, statistic in (("statistics_equal", True), ("affine_equal", False)):
-            weights = () if change is None else change.weights
-            mine = [w for w in weights if w.name.startswith(norm.part) and w.is_statistic == statistic]
-            row[label] = all(weight.equal for weight in mine) if mine else None
+            weights = [weight for weight in _became(at, norm) if weight.is_statistic == statistic]
+            row[label] = all(weight.equal for weight in weights) if weights else None
         rows.append(row)
     return rows
 
