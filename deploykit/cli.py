@@ -355,6 +355,7 @@ def audit(
     with _terminal(json, quiet, verbose, force, [model, weights, base]) as terminal:
         terminal.progress("loading")
         from deploykit.deploy import Clock
+        from deploykit.report.wording import count
         from deploykit.transfer.audit import audit as run
 
         clock = Clock()
@@ -366,7 +367,7 @@ def audit(
         failed = None
         if strict and found.serious:
             codes = ", ".join(dict.fromkeys(finding.code for finding in found.serious))
-            failed = f"{len(found.serious)} findings of severity warning or above ({codes}); see the report"
+            failed = f"{count(len(found.serious), 'finding')} of severity warning or above ({codes}); see the report"
         report = _report(
             "audit",
             clock,

@@ -33,7 +33,7 @@ from deploykit.transfer.audit import (
     findings,
     subject_of,
 )
-from deploykit.transfer.likeness import AKIN, likeness
+from deploykit.transfer.likeness import AKIN, _change, likeness
 
 L = keras.layers
 ROOT = Path(__file__).resolve().parent.parent
@@ -275,6 +275,10 @@ CLEAN = {
         swapped(base(prepared=False), front=[L.Normalization(mean=100.0, variance=4000.0)]),
         base(),
     ),
+    "a BatchNormalization in front of the base, which is no preprocessing": lambda: (
+        chained(dense(2, name="d")),
+        chained(L.BatchNormalization(), dense(2, name="d")),
+    ),
     "another model than the base": lambda: (cnn(names=("other", "pool"), front=[]), base()),
     "three stages of which one scales pixels": lambda: (efficient(),),
     "marks of VGG on one channel": lambda: (cnn(channels=1),),
@@ -288,6 +292,7 @@ CLEAN = {
     "a softmax over places": lambda: (chained(dense(1), L.Softmax(axis=1), shape=(5, 3)),),
     "an answer that fits its loss": lambda: (chained(dense(3)), None, LOGITS),
     "frozen without an optimizer": lambda: (frozen(), None, read({"loss": "mse"})),
+    "an optimizer and nothing that could learn": lambda: (chained(L.Flatten(), shape=(2, 3)), None, COMPILED),
     "something trainable and an optimizer": lambda: (chained(dense(3)), None, COMPILED),
 }
 
@@ -320,6 +325,13 @@ def test_preprocessing_by_arithmetic_in_the_graph_counts():
     image = keras.Input((8, 8, 3), name="image")
     model = keras.Model(image, L.Conv2D(2, 3)(L.Rescaling(1 / 255, name="own")(image / 127.5 - 1)))
     (finding,) = found(model)
+    assert (finding.code, finding.layer) == ("preprocessing_doubled", "own")
+
+
+def test_of_several_ways_to_a_layer_the_longest_counts():
+    image = keras.Input((8, 8, 3), name="image")
+    prepared = L.Rescaling(1 / 255, name="own")(L.Rescaling(1 / 255)(image))
+    (finding,) = found(keras.Model(image, L.Conv2D(2, 3)(L.Concatenate()([image, prepared]))))
     assert (finding.code, finding.layer) == ("preprocessing_doubled", "own")
 
 
@@ -429,6 +441,7 @@ def test_parameters_are_counted_by_what_becomes_of_them():
         ("categorical_crossentropy", True, "softmax", 3, False),
         ("sparse_categorical_crossentropy", True, "sigmoid", 3, False),
         ("sparse_categorical_crossentropy", False, "sigmoid", 1, False),
+        ("sparse_categorical_crossentropy", True, "linear", 1, False),
         ("categorical_focal_crossentropy", False, "relu", 3, False),
         ("binary_crossentropy", False, "sigmoid", 1, True),
         ("binary_crossentropy", False, "sigmoid", 4, True),
@@ -513,6 +526,20 @@ def test_minus_zero_is_another_bit_pattern():
     assert [(weight.equal, weight.distance) for weight in change.weights] == [(False, None), (True, 0.0)]
 
 
+def test_the_same_bytes_of_another_type_are_no_equals():
+    assert not _change("kernel", np.zeros(3, "float32"), np.zeros(3, "int32")).equal
+    assert _change("kernel", np.zeros(3, "float32"), np.zeros(3, "float32")).equal
+
+
+def test_a_weight_that_is_no_number_has_no_distance():
+    model, origin = chained(dense(3, name="d")), chained(dense(3, name="d"))
+    kernel, bias = origin.layers[-1].get_weights()
+    model.layers[-1].set_weights([kernel * np.nan, bias + 1])
+    (change,) = likeness(trace(model), trace(origin)).of("changed")
+    assert change.weights[0].distance is None
+    assert change.weights[1].distance > 0
+
+
 def renamed(scale=1.0, seed=None):
     """The base under other names; ``scale``: of every weight; ``seed``: drawn anew instead."""
     rng = np.random.default_rng(seed)
@@ -556,6 +583,7 @@ def test_other_settings_are_a_change_without_a_distance():
     model = copied(base())
     model.get_layer("bn_1").epsilon = 0.1
     model.get_layer("bn_2").momentum = 0.5  # of training, not of what it computes
+    model.get_layer("conv_1").kernel_regularizer = keras.regularizers.L2(1e-4)
     (change,) = likeness(trace(model), trace(base())).of("changed")
     assert (change.layer, change.settings) == ("bn_1", ("epsilon",))
     assert all(weight.equal for weight in change.weights)
