@@ -284,6 +284,7 @@ CLEAN = {
     "marks of VGG on one channel": lambda: (cnn(channels=1),),
     "marks of VGG behind preprocessing": lambda: (cnn(front=[L.Rescaling(1 / 127.5, -1)]),),
     "a wide hidden layer": lambda: (chained(dense(1000, "relu"), dense(2)),),
+    "a wide convolution": lambda: (chained(L.Conv1D(1000, 1), L.Flatten(), dense(2), shape=(1, 3)),),
     "a softmax that is an answer, too": lambda: (cascade(),),
     "a softmax that weighs": lambda: (attention(),),
     "a linear bottleneck": lambda: (chained(dense(2), dense(4)),),
@@ -311,6 +312,11 @@ def test_a_real_trained_model_is_clean(shared_models):
     result = audit(load(shared_models / "resnet1d_keras36.keras"))
     assert result.findings == ()
     assert result.body["training_config"]["optimizer"] == "Adam"
+
+
+def test_the_logits_of_imagenet_are_a_classifier_too():
+    (finding,) = found(chained(dense(1000, name="logits"), dense(2, "softmax")))
+    assert (finding.code, finding.layer) == ("include_top", "logits")
 
 
 def test_two_stages_that_scale_pixels_are_one_too_many():
