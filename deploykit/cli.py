@@ -340,6 +340,53 @@ def inspect(
 
 
 @app.command()
+def audit(
+    model: Model,
+    base: Annotated[
+        Path | None,
+        typer.Option("--base", help="The model it was made from: what changed, layer by layer.", show_default=False),
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Fail where a warning or an error is found.")] = False,
+    custom_objects: Custom = None,
+    weights: Weights = None,
+    allow_code: AllowCode = False,
+    force: Force = False,
+    json: Json = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Show what is trainable, what changed against a base, how it was trained, and the usual mistakes."""
+    with _terminal(json, quiet, verbose, force, [model, weights, base]) as terminal:
+        terminal.progress("loading")
+        from deploykit.deploy import Clock
+        from deploykit.report.wording import count
+        from deploykit.transfer.audit import audit as run
+
+        clock = Clock()
+        loaded = _load(model, custom_objects, weights, allow_code, allow_nonfinite=True)
+        origin = None if base is None else _load(base, custom_objects, None, allow_code, allow_nonfinite=True)
+        clock.lap("load")
+        found = run(loaded, origin)
+        clock.lap("audit")
+        failed = None
+        if strict and found.serious:
+            codes = ", ".join(dict.fromkeys(finding.code for finding in found.serious))
+            failed = f"{count(len(found.serious), 'finding')} of severity warning or above ({codes}); see the report"
+        report = _report(
+            "audit",
+            clock,
+            found.body,
+            model=str(model),
+            proven=failed is None,
+            reason=failed,
+            notices=(*loaded.notices, *(() if origin is None else origin.notices), *found.notices),
+        )
+        if failed is not None:
+            _fail_after_report(terminal, report, failed)
+        _finish(terminal, report)
+
+
+@app.command()
 def fuse(
     model: Model,
     output: Out = None,

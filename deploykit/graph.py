@@ -71,7 +71,7 @@ class Node:
     kwargs: dict[str, Any]
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
-    training: bool = False  # called with training=True
+    training: bool | None = None  # the mode that this call, or one of a model around it, asks for; None: neither
 
     def __repr__(self) -> str:
         return f"{self.name}({type(self.layer).__name__}) {self.inputs} -> {self.outputs}"
@@ -241,14 +241,14 @@ class _Reader:
             taken.add(name)
         return self.names[id(layer)]
 
-    def read(self, model: Any, numbers: dict[int, int], training: bool, path: str) -> list[int]:
+    def read(self, model: Any, numbers: dict[int, int], training: bool | None, path: str) -> list[int]:
         """Append the calls of a functional model; ``numbers`` maps id(symbol) of its inputs to tensors."""
         self.kept_alive.append(model)
         for layer, keras_node, args, kwargs, outputs in _calls(model):
             if any(id(symbol) not in numbers for symbol in keras_node.input_tensors):
                 continue  # belongs to another model that shares layers with this one
-            mode = kwargs.get("training")
-            mode = training if mode is None else bool(mode)
+            asked = kwargs.get("training")
+            mode = training if training is not None or asked is None else bool(asked)  # as Keras: the outer call wins
             inner = _functional(layer)
             if inner is not None and not self.inlines(inner, args, kwargs, numbers):
                 self.whole.add(id(layer))
@@ -278,7 +278,7 @@ class _Reader:
         kwargs: dict[str, Any],
         symbols: list[Any],
         numbers: dict[int, int],
-        training: bool,
+        training: bool | None,
         path: str,
     ) -> list[int]:
         def place(value: Any) -> Any:
@@ -341,7 +341,7 @@ def trace(model: Any) -> Trace:
                 reader.names[id(layer)] = layer.name
                 reader.taken.add(layer.name)
         with deep_recursion(len(functional.operations)):
-            outputs = tuple(reader.read(functional, numbers, False, ""))
+            outputs = tuple(reader.read(functional, numbers, None, ""))
         whole = reader.whole
     position = {id(symbol): index for index, symbol in enumerate(functional.inputs)}
     counter = iter(range(len(outputs)))

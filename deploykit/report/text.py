@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from deploykit.report import evidence, profile_text
+from deploykit.report import audit_text, evidence, profile_text
 from deploykit.report.ci_text import ci
 from deploykit.report.markdown import against, fused_in_short, setting
 from deploykit.report.wording import count, fastest, milliseconds, origin, ratio, size, small, snr
@@ -433,6 +433,16 @@ def recalibrate(report: Json, console: Console) -> None:
     console.print(Group(_head(report), _grid(rows)))
 
 
+# ------------------------------------------------------------------------------------------------ audit
+
+
+def audit(report: Json, console: Console) -> None:
+    heads = ("layer", "class", "trainable", "frozen", *(("against the base",) if report["base"] else ("",)))
+    table = _table(*heads, right=[2, 3])
+    audit_text.fill(table, report, 2 * ROWS)
+    console.print(Group(_head(report), _grid(audit_text.rows(report) + _notices(report)), table))
+
+
 RENDERERS: Mapping[str, Callable[[Json, Console], None]] = {
     "deploykit.inspect/1": inspect,
     "deploykit.fuse/1": fuse,
@@ -442,6 +452,7 @@ RENDERERS: Mapping[str, Callable[[Json, Console], None]] = {
     "deploykit.deploy/1": deploy,
     "deploykit.migrate/1": migrate,
     "deploykit.recalibrate/1": recalibrate,
+    "deploykit.audit/1": audit,
     "deploykit.ci/1": ci,
 }
 

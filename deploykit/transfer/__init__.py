@@ -1,1 +1,1 @@
-"""Transfer: what is done to a trained model so that it serves another task or another domain."""
+"""Transfer learning: swap the head, train it, prove the body."""
