@@ -1,0 +1,1 @@
+"""Transfer learning: swap the head, train it, prove the body."""
