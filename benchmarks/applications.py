@@ -37,7 +37,8 @@ def make(name: str, size: int, path: Path, data: Path) -> None:
     keras.utils.set_random_seed(0)
     model = calibrate(getattr(keras.applications, name)(weights=None, input_shape=(size, size, 3)))
     model.save(path)
-    np.savez(data, **synthesize(signature(model), count=16).arrays)
+    (samples,) = synthesize(signature(model), count=16).arrays.values()
+    np.savez(data, x=samples)
 
 
 def main() -> int:

@@ -69,7 +69,7 @@ from deploykit.load import load
 from deploykit.opaque import graph_of
 from deploykit.runtimes.files import file_of, read_onnx, reason, unreadable
 from deploykit.runtimes.trained import is_nchw
-from deploykit.verify import FLOAT32, Fidelity, Policy, SessionSettings, decibels, norm, number, ratios
+from deploykit.verify import FLOAT32, Fidelity, Policy, SessionSettings, decibels, norm, norms, number, ratios
 
 Array = npt.NDArray[Any]
 Arrays = Mapping[str, Array]
@@ -438,11 +438,16 @@ def _planned(found: Trace, answers: _Answers) -> Any | None:
 
 @dataclass
 class _Sums:
-    """L2 norms over all samples; ``broken``: NaN or infinity where the reference has none, or the reverse."""
+    """L2 norms over all samples, and for each index of the last axis; ``largest``: of the reference, in each.
 
-    error: float = 0.0
-    own: float = 0.0
-    size: float = 0.0
+    ``broken``: NaN or infinity where the reference has none, or the reverse. ``values``: in each index.
+    """
+
+    error: Array = field(default_factory=lambda: np.zeros(1))
+    own: Array = field(default_factory=lambda: np.zeros(1))
+    size: Array = field(default_factory=lambda: np.zeros(1))
+    largest: Array = field(default_factory=lambda: np.zeros(1))
+    values: int = 0
     broken: bool = False
     times: int = 0
 
@@ -453,14 +458,23 @@ class _Sums:
             self.broken |= bool((alike & (np.isfinite(r) != np.isfinite(c))).any())
             live = np.isfinite(r) & np.isfinite(o) & np.isfinite(c)
             for name, value in (("error", c - r), ("own", o - r), ("size", r)):
-                setattr(self, name, math.hypot(getattr(self, name), norm(np.where(live, value, 0.0))))
+                columns = np.where(live, value, 0.0).reshape(-1, r.shape[-1] if r.ndim > 1 else 1)
+                setattr(self, name, np.hypot(getattr(self, name), norms(columns.T)))
+            self.largest = np.maximum(self.largest, np.abs(columns).max(axis=0, initial=0.0))
+        self.values += len(columns)
         self.times += 1
 
     def ratio(self, law: Policy | Fidelity) -> float:
         """The error over what is allowed; infinite where it is broken."""
         if self.broken:
             return math.inf
-        return float(ratios(np.array(self.error), np.array(law.allowed_whole(self.own, self.size))))
+        error, own, size = map(norm, (self.error, self.own, self.size))
+        whole = float(ratios(np.array(error), np.array(law.allowed_whole(own, size))))
+        if isinstance(law, Fidelity) or len(self.error) < 2:
+            return whole
+        rms = [part / math.sqrt(max(1, self.values)) for part in (self.error, self.own, self.size)]
+        allowed = law.allowed_channel(rms[1], rms[2], ratios(self.size, self.largest) ** 2)
+        return max(whole, float(ratios(rms[0], allowed).max()))
 
 
 def layouts(have: Sequence[int], want: Sequence[int]) -> list[tuple[int, ...] | None]:
@@ -697,8 +711,8 @@ class _Bisection:
             status=fine if ratio <= 1 else "jump",
             reference=form[1][0] if form[1] != key else None,
             onnx_tensor=None if self.answers.own else tensor,
-            snr_db=None if sums.broken else decibels(sums.size, sums.error),
-            own_snr_db=decibels(sums.size, sums.own),
+            snr_db=None if sums.broken else decibels(norm(sums.size), norm(sums.error)),
+            own_snr_db=decibels(norm(sums.size), norm(sums.own)),
             ratio=number(ratio),
             note="NaN or infinity on one side alone" if sums.broken else None,
         )

@@ -36,14 +36,14 @@ multiple of o − r. With N(s) = norm of (o − r) of sample s, R(s) = norm of r
   ill-conditioned net with one number per sample fails correct candidates several times as often.) Samples with R = 0
   stay out of both.
 * The channel law keeps a price of a million from hiding the wrong probabilities joined to it: one norm over both sees
-  the price alone. A channel is an index k of the last axis; n(k) is the rms of o − r in it, T(k) the larger of its rms
-  and min(1, rms of the output), p the 90th percentile of n/T. The 1 is there because runtimes compute sigmoid and
-  softmax to an absolute accuracy of some eps: a rare class beside likely ones has no relative one. So what is smaller
-  than its output *and* than 1 is held to the larger of both. A class that is likely in one sample of many has one
-  draw, however many samples there are, and of a thousand such classes o is lucky in some. ‖r_k‖²/max|r_k|² counts the
-  draws of a channel; where they are fewer than eight, n(k) is at least rms(r_k)·‖o−r‖/‖r‖, what the whole output shows.
-  The law takes eight values in each channel and an original (a bundle that carries none of its errors by channel is not
-  held to it), and 2⁻¹²⁶ is added for runtimes that make zeros of denormal numbers.
+  the price alone. A channel is an index k of one axis of a sample, and every axis is taken in turn; n(k) is the rms
+  of o − r in it, T(k) the larger of its rms and min(1, rms of the output), p the 90th percentile of n/T. The 1 is
+  there because runtimes compute sigmoid and softmax to an absolute accuracy of some eps: a rare class beside likely
+  ones has no relative one. So what is smaller than its output *and* than 1 is held to the larger of both. A class
+  that is likely in one sample of many has one draw, however many samples there are, and of a thousand such classes o
+  is lucky in some. ‖r_k‖²/max|r_k|² counts the draws of a channel; where they are fewer than eight, n(k) is at least
+  rms(r_k)·‖o−r‖/‖r‖, what the whole output shows. The law takes an original (a bundle that carries none of its errors
+  by channel is not held to it), and 2⁻¹²⁶ is added for runtimes that make zeros of denormal numbers.
 * The factors grow with the number of things that must hold together (1, samples, channels, elements): the largest of
   many draws exceeds the typical one. Top-1 takes the whole law's factor, because an answer that two errors of that size
   cannot turn was turned by something else.
@@ -83,8 +83,8 @@ that no rounding reaches (counts, codes) are exact under ``Tolerance()``.
 
 Limits: the laws need draws. With one number per sample and few samples, luck in o can fail a correct candidate; give
 ``Noise.between`` several float32 runs, or more samples (`deploykit check` draws o again where there are few, and in
-single samples that fail, or by which a channel does). A runtime whose sigmoid has *absolute* accuracy fails the
-relative laws on an output that is saturated in most samples: compare before the sigmoid as well.
+single samples that fail, or by which a channel or the whole does). A runtime whose sigmoid has *absolute* accuracy
+fails the relative laws on an output that is saturated in most samples: compare before the sigmoid as well.
 
 What a timing means
 -------------------
@@ -256,7 +256,7 @@ class Fidelity:
 
 
 POOLED = 0.9  # nine of ten samples have a smaller own error, relative to their size, than a sample is credited with
-FEW = 8  # values of a channel: of fewer, luck decides
+FEW = 8  # values of a channel's size: of fewer, luck decides
 FLUSHED = 2.0**-126  # what is lost where a runtime makes zeros of denormal numbers
 FLIPS_WHOLE, FLIPS_SAMPLE = 2.0**-10, 2.0**-6  # the share of whole numbers up to which flips of the original excuse
 
@@ -326,15 +326,15 @@ class Noise:
 
     ``l2`` and ``max_abs`` are, for each sample, the norms of original − reference over the elements that are finite
     in both; ``None`` marks a sample in which the two disagree about NaN or infinity (or, for exact kinds, everywhere).
-    ``channels``: the L2 norm for each index of the last axis, over all samples that are not None. ``flips``: for exact
-    kinds, the positions in each flattened sample where the two differ. Either may be unknown: then nothing is held to
-    it, and nothing excused by it.
+    ``channels``: for each axis of a sample, the last first, the L2 norm for each of its indices, over all samples that
+    are not None. ``flips``: for exact kinds, the positions in each flattened sample where the two differ. Either may be
+    unknown: then nothing is held to it, and nothing excused by it.
     A bundle stores the reference rounded to the model's dtype: take the noise against that rounded reference.
     """
 
     l2: tuple[float | None, ...]
     max_abs: tuple[float | None, ...]
-    channels: tuple[float, ...] | None = None
+    channels: tuple[tuple[float, ...], ...] | None = None
     flips: tuple[tuple[int, ...], ...] | None = None
 
     @classmethod
@@ -348,7 +348,7 @@ class Noise:
     def to_json(self) -> dict[str, Any]:
         record: dict[str, Any] = {"l2": list(self.l2), "max": list(self.max_abs)}
         if self.channels is not None:
-            record["channels"] = list(self.channels)
+            record["channels"] = [list(axis) for axis in self.channels]
         if self.flips is not None:
             record["flips"] = [list(places) for places in self.flips]
         return record
@@ -364,7 +364,10 @@ class Noise:
             raise RefusedError(
                 'a noise record must be {"l2": [...], "max": [...]}, alike in length and nulls; measure again'
             )
-        if channels is not None and (not _is_errors(channels) or None in channels):
+        axes = [channels] if _is_errors(channels) and channels else channels  # a bundle of old knows the last axis only
+        if axes is not None and not (
+            isinstance(axes, list) and all(_is_errors(axis) and None not in axis for axis in axes)
+        ):
             raise RefusedError("the channels of a noise record must be numbers that are not negative; measure again")
         if flips is not None and not (
             isinstance(flips, list) and len(flips) == len(l2) and all(map(_is_places, flips))
@@ -373,7 +376,7 @@ class Noise:
         return cls(
             tuple(None if v is None else float(v) for v in l2),
             tuple(None if v is None else float(v) for v in peak),
-            None if channels is None else tuple(map(float, channels)),
+            None if axes is None else tuple(tuple(map(float, axis)) for axis in axes),
             None if flips is None else tuple(map(tuple, flips)),
         )
 
@@ -508,7 +511,7 @@ class Judge:
         self._strangers += [name for name in theirs if name not in known]
 
     def suspects(self) -> list[int]:
-        """The samples that a law about single samples fails, and those that a channel fails by.
+        """The samples that a law about single samples fails, and those that a channel or the whole fails by.
 
         Only where the yardstick is the original's own error.
         """
@@ -571,7 +574,8 @@ class _Case:
             bad = ~(columns["error_l2"] <= policy.allowed_sample(*rows.l2))
             bad |= ~(columns["error_max"] <= policy.allowed_element(*rows.max))
             found = set(np.flatnonzero(bad & columns["judged"]).tolist())
-            return sorted(found | (set() if tally.channels is None else tally.channels.suspects(policy)))
+            found.update(*(channels.suspects(policy) for channels in tally.channels))
+            return sorted(found | rows.suspects(policy))
 
     def remeasured(self, numbers: Sequence[int], noise: Noise) -> None:
         if self.tally is None or self.tally.kind != "value":
@@ -580,10 +584,11 @@ class _Case:
         for place, number in enumerate(numbers):
             for key, values in (("noise_l2", noise.l2), ("noise_max", noise.max_abs)):
                 columns[key][number] = max(columns[key][number], values[place] or 0.0)
-        channels = self.tally.channels
-        if channels is not None and noise.channels is not None:
-            channels = dataclasses.replace(channels, own=np.maximum(channels.own, np.array(noise.channels)))
-        self.tally = dataclasses.replace(self.tally, parts=[columns], channels=channels)
+        channels = tuple(
+            dataclasses.replace(axis, own=np.maximum(axis.own, np.array(own)))
+            for axis, own in zip(self.tally.channels, noise.channels or ())  # noqa: B905 -- none where shapes differ
+        )
+        self.tally = dataclasses.replace(self.tally, parts=[columns], channels=channels or self.tally.channels)
 
     def conclude(self) -> OutputComparison:
         found = OutputComparison(self.name, False, self.reason, samples=self.samples)
@@ -690,9 +695,10 @@ def _noise_of(r: Array, o: Array) -> Noise:
         error = np.where(np.isfinite(reference) & np.isfinite(original), original - reference, 0.0)
         lengths, peaks = norms(error), np.abs(error).max(axis=1)
         usable = agree & np.isfinite(lengths)
-        channels = norms(_by_channel(error[usable], r.shape[-1]).T) if r.ndim > 1 else np.full(1, math.inf)
+        channels = [norms(_by_channel(error[usable], r.shape[1:], axis).T) for axis in _axes(r)]
     l2, peak = (tuple(float(v) if ok else None for v, ok in _pairs(part, usable)) for part in (lengths, peaks))
-    return Noise(l2, peak, tuple(channels.tolist()) if np.isfinite(channels).all() else None)
+    known = all(np.isfinite(axis).all() for axis in channels)
+    return Noise(l2, peak, tuple(tuple(axis.tolist()) for axis in channels) if known else None)
 
 
 def _larger_noise(a: Noise, b: Noise) -> Noise:
@@ -703,16 +709,21 @@ def _larger_noise(a: Noise, b: Noise) -> Noise:
     return Noise(
         larger(a.l2, b.l2),
         larger(a.max_abs, b.max_abs),
-        tuple(max(v, w) for v, w in _pairs(a.channels, b.channels)) if known else None,  # type: ignore[arg-type]
+        tuple(larger(v, w) for v, w in _pairs(a.channels, b.channels)) if known else None,  # type: ignore[arg-type,misc]
         None
         if a.flips is None or b.flips is None
         else tuple(tuple(sorted({*v, *w})) for v, w in _pairs(a.flips, b.flips)),
     )
 
 
-def _by_channel(rows: Floats, channels: int) -> Floats:
-    """Rows of samples as rows of positions, one column for each index of the last axis."""
-    return rows.reshape(-1, channels)
+def _axes(output: Array) -> Iterator[int]:
+    """The axes of a sample along which there may be channels, the last first; the first axis of a sample is 0."""
+    yield from range(output.ndim - 2, -1, -1)
+
+
+def _by_channel(rows: Floats, shape: Sequence[int], axis: int) -> Floats:
+    """Rows of flattened samples as rows of positions, one column for each index of an axis of the sample."""
+    return np.moveaxis(rows.reshape(-1, *shape), 1 + axis, -1).reshape(-1, shape[axis])
 
 
 def _comparable(x: Array) -> Array:
@@ -738,7 +749,7 @@ class _Tally:
 
     ``columns``: vectors over samples, as they came in batches. ``moments``: of each feature over the samples (see
     `_moments`). ``ulps``: how many values lie in each class of `_ULP_EDGES`. ``shape``: of one sample. ``stated``:
-    there was an original to measure noise by. ``channels``: None where nothing is known or asked of them.
+    there was an original to measure noise by. ``channels``: by axis; empty where nothing is known or asked of them.
     """
 
     kind: str
@@ -747,7 +758,7 @@ class _Tally:
     moments: tuple[float, int, Floats, Floats, NDArray[np.bool_]] | None
     ulps: NDArray[np.int64]
     stated: bool
-    channels: _Channels | None = None
+    channels: tuple[_Channels, ...] = ()
 
     @property
     def columns(self) -> dict[str, Array]:
@@ -769,17 +780,21 @@ class _Tally:
             _pooled_moments(self.moments, other.moments) if alike else None,
             self.ulps + other.ulps,
             self.stated,
-            self.channels.joined(other.channels, self.samples) if self.channels and other.channels and alike else None,
+            tuple(mine.joined(theirs, self.samples) for mine, theirs in zip(self.channels, other.channels))  # noqa: B905
+            if alike
+            else (),
         )
 
 
 @dataclass(frozen=True)
 class _Channels:
-    """Of each index of the last axis: L2 norms over samples and positions, and the element of the largest error.
+    """Of each index of an axis: L2 norms over samples and positions, and the element of the largest error.
 
-    ``values``: how many elements each has. ``largest``: of the reference.
+    ``axis``: of the sample. ``values``: how many elements each index has. ``largest``: of the reference. ``position``:
+    in the flattened sample.
     """
 
+    axis: int
     values: int
     error: Floats
     own: Floats
@@ -792,24 +807,34 @@ class _Channels:
     r: Floats
 
     @classmethod
-    def of(cls, r: Floats, c: Floats, error: Floats, size: Floats, judged: NDArray[np.bool_], own: Floats) -> _Channels:
-        """From rows of samples; errors and sizes are 0 where nothing is compared."""
-        count = len(own)
-        errors, sizes = _by_channel(error, count), _by_channel(size, count)
-        rows = errors.argmax(axis=0)
-        here = np.arange(count)
-        positions = r.shape[1] // count
+    def of(
+        cls,
+        r: Floats,
+        c: Floats,
+        error: Floats,
+        size: Floats,
+        judged: NDArray[np.bool_],
+        own: Floats,
+        shape: Sequence[int],
+        axis: int,
+    ) -> _Channels:
+        """From rows of flattened samples; errors and sizes are 0 where nothing is compared."""
+        errors, sizes = _by_channel(error, shape, axis), _by_channel(size, shape, axis)
+        rows, here = errors.argmax(axis=0), np.arange(shape[axis])
+        places = _by_channel(np.arange(r.shape[1], dtype=np.float64), shape, axis)
+        samples, positions = rows // len(places), places[rows % len(places), here].astype(np.int64)
         return cls(
-            int(judged.sum()) * positions,
+            axis,
+            int(judged.sum()) * len(places),
             norms(errors.T),
             own,
             norms(sizes.T),
             sizes.max(axis=0, initial=0.0),
             errors[rows, here],
-            rows // positions,
-            rows % positions,
-            _by_channel(c, count)[rows, here],
-            _by_channel(r, count)[rows, here],
+            samples,
+            positions,
+            c[samples, positions],
+            r[samples, positions],
         )
 
     def joined(self, other: _Channels, before: int) -> _Channels:
@@ -822,14 +847,15 @@ class _Channels:
         sums = {name: np.hypot(getattr(self, name), getattr(other, name)) for name in ("error", "own", "size")}
         sums["largest"] = np.maximum(self.largest, other.largest)
         places = {name: chosen(name) for name in ("peak", "position", "c", "r")}
-        return _Channels(values=self.values + other.values, sample=chosen("sample", before), **sums, **places)
+        values = self.values + other.values
+        return _Channels(axis=self.axis, values=values, sample=chosen("sample", before), **sums, **places)
 
     def _rms(self) -> list[Floats]:
         return [norm / math.sqrt(max(1, self.values)) for norm in (self.error, self.own, self.size)]
 
     def _allowed(self, policy: Policy) -> Floats:
-        """The RMS error of each channel; infinite where there are too few values to judge by."""
-        if len(self.own) < 2 or self.values < FEW:
+        """The RMS error of each channel; infinite where there is but one, which is the whole output."""
+        if len(self.own) < 2:
             return np.full(len(self.own), math.inf)
         _, own, size = self._rms()
         return policy.allowed_channel(own, size, ratios(self.size, self.largest) ** 2)
@@ -839,7 +865,7 @@ class _Channels:
         return set(self.sample[~(self._rms()[0] <= self._allowed(policy))].tolist())
 
     def failing(self, policy: Policy) -> tuple[str, int] | None:
-        """What is wrong with the worst channel, and which it is; None where all are within the law."""
+        """What is wrong with the worst channel, and its index; None where all are within the law."""
         error, own, _ = self._rms()
         allowed = self._allowed(policy)
         bad = ~(error <= allowed)
@@ -847,7 +873,7 @@ class _Channels:
             return None
         k = int(np.argmax(np.where(bad, ratios(error, allowed), -1.0)))
         return (
-            f"channel {k} ({int(bad.sum())} of {len(own)} fail): RMS error {error[k]:.3g}, allowed {allowed[k]:.3g} "
+            f"({int(bad.sum())} of {len(own)} fail): RMS error {error[k]:.3g}, allowed {allowed[k]:.3g} "
             f"(the original's own {own[k]:.3g})"
         ), k
 
@@ -1057,14 +1083,15 @@ def _tally_values(output: Array, candidate: Array, policy: Law, noise: Noise | N
         **_classes(r, c, judged, output.ndim),
     }
     ulps = _ulps(error, r, both, candidate.dtype)
-    channels = None
-    if isinstance(policy, Policy) and noise is not None and noise.channels is not None and output.ndim > 1:
-        if len(noise.channels) != output.shape[-1]:
-            raise RefusedError(
-                f"the noise record has {len(noise.channels)} channels, the data {output.shape[-1]}; measure again"
-            )
-        channels = _Channels.of(r, c, error, size, judged, np.array(noise.channels))
-    return _Tally("value", output.shape[1:], [columns], _moments(r[judged]), ulps, noise is not None, channels)
+    channels = []
+    if isinstance(policy, Policy) and noise is not None:
+        for axis, own in zip(_axes(output), noise.channels or ()):  # noqa: B905 -- old records know the last axis only
+            if len(own) != output.shape[1 + axis]:
+                raise RefusedError(
+                    f"the noise record has {len(own)} channels, the data {output.shape[1 + axis]}; measure again"
+                )
+            channels.append(_Channels.of(r, c, error, size, judged, np.array(own), output.shape[1:], axis))
+    return _Tally("value", output.shape[1:], [columns], _moments(r[judged]), ulps, noise is not None, tuple(channels))
 
 
 def _conclude_values(found: OutputComparison, tally: _Tally, policy: Law) -> OutputComparison:
@@ -1088,10 +1115,12 @@ def _conclude_values(found: OutputComparison, tally: _Tally, policy: Law) -> Out
     else:
         failures, allowed = _noise_laws(rows, policy)
         excess = ratios(columns["error_max"], allowed)
-        wrong = None if tally.channels is None else tally.channels.failing(policy)
-        if wrong is not None:
-            channel = None if failures else wrong[1]
-            failures.append(wrong[0])
+        for channels in tally.channels:
+            wrong = channels.failing(policy)
+            if wrong is not None:
+                channel = None if failures else (channels, wrong[1])
+                called = "channel" if channels.axis == len(tally.shape) - 1 else f"on axis {channels.axis + 1}, index"
+                failures.append(f"{called} {wrong[1]} {wrong[0]}")
         failures += _top1_law(rows, policy)
     if drift:
         excess, channel = columns["drift"] > 0, None
@@ -1099,12 +1128,10 @@ def _conclude_values(found: OutputComparison, tally: _Tally, policy: Law) -> Out
     sample = int(np.argmax(excess))
     index = _unravelled(int(columns["place"][sample]), tally.shape)
     worst_c, worst_r = columns["c"][sample], columns["r"][sample]
-    if channel is not None and tally.channels is not None:
-        sample, position, worst_c, worst_r = (
-            part[channel]
-            for part in (tally.channels.sample, tally.channels.position, tally.channels.c, tally.channels.r)
-        )
-        sample, index = int(sample), (*_unravelled(int(position), tally.shape[:-1]), channel)
+    if channel is not None:
+        axis, k = channel
+        sample, worst_c, worst_r = int(axis.sample[k]), axis.c[k], axis.r[k]
+        index = _unravelled(int(axis.position[k]), tally.shape)
     place = f" (worst: sample {sample} {list(index)}: candidate {worst_c:.9g}, reference {worst_r:.9g})"
     total, signal = norm(columns["error_l2"]), norm(columns["size_l2"])
     exact = not drift and not columns["error_max"].any()
@@ -1230,6 +1257,16 @@ class _Rows:
     def max(self) -> tuple[Floats, Floats, Scale]:
         """The same in the maximum norm."""
         return self.noise_max, self.size_max, Scale.of(self.noise_max, self.size_max, self.judged)
+
+    def suspects(self, policy: Policy) -> set[int]:
+        """The fewest samples that make up half of the whole output's error, where that is too large."""
+        error = self.columns["error_l2"]
+        total = norm(error)
+        if total <= policy.allowed_whole(norm(self.noise_l2), norm(self.size_l2)) or not math.isfinite(total):
+            return set()
+        order = np.argsort(-error, kind="stable")
+        share = np.cumsum(np.square(error[order] / (error.max() or 1.0)))
+        return set(order[: 1 + int(np.searchsorted(share, share[-1] / 2))].tolist())
 
     def worst(self, error: Floats, allowed: Floats) -> tuple[int, int] | None:
         """The sample furthest beyond what is allowed, and how many are."""

@@ -215,6 +215,21 @@ def test_the_spoilt_layer_of_a_keras_model_is_named(net, fault):
     assert [row.layer for row in report.rows if row.status == "jump"] == layers
 
 
+def test_a_layer_beside_a_larger_one_is_named(tmp_path):
+    """One norm over both sees the price alone."""
+    x = keras.Input((6,), name="x")
+    price = L.Rescaling(1e6, name="scale")(L.Dense(1, name="price")(x))
+    model = enliven(keras.Model(x, L.Concatenate(name="out")([price, L.Dense(1, "sigmoid", name="share")(x)])))
+    export(model, tmp_path / "net.onnx")
+    samples = inputs_for(model, 16)
+    assert layer_errors(model, tmp_path / "net.onnx", samples).first is None
+    proto = onnx.load(tmp_path / "net.onnx")
+    (name,) = [tensor.name for tensor in proto.graph.initializer if tensor.name.startswith("share/MatMul")]
+    initializer(proto, name, lambda value: -value)
+    onnx.save(proto, tmp_path / "net.onnx")
+    assert layer_errors(model, tmp_path / "net.onnx", samples).first.layer == "share"
+
+
 def initializer(proto, name, change):
     (tensor,) = [tensor for tensor in proto.graph.initializer if tensor.name == name]
     tensor.CopyFrom(numpy_helper.from_array(change(numpy_helper.to_array(tensor).copy()), name))

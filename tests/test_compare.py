@@ -247,17 +247,61 @@ def test_what_a_channel_fails_by_is_measured_again(wrong):
     assert found.passed == (wrong != slice(None))
 
 
-def test_channels_need_eight_values_and_a_record():
-    for samples, caught in ((7, False), (8, True)):
-        r, o, c = joined(samples=samples)
-        c[:, 1] *= np.float32(1.5)
-        assert compare("y", r, o, c, F32).passed is not caught
+def test_what_the_whole_output_fails_by_is_measured_again():
+    """A sample that is larger than all others together is one draw of the whole output's error, and may be lucky."""
+    rng = np.random.default_rng(0)
+    r = rng.standard_normal((64, 3))
+    r[5] *= 1e5
+    o, c = (r * (1 + 1e-6 * rng.standard_normal(r.shape)) for _ in range(2))
+    o[5], c[5] = r[5] * (1 + 1e-6), r[5] * (1 + 6e-6)
+    judge = verify.Judge(F32)
+    judge.add({"y": r}, {"y": c}, {"y": noise_between(r, o)}, {"y": np.float64})
+    assert judge.suspects() == [5]
+    judge.remeasured([5], {"y": noise_between(r[[5]], r[[5]] * (1 + 2e-6))})
+    assert judge.conclude()[0].passed
+
+
+def test_an_error_that_is_everywhere_makes_half_of_the_samples_suspects():
+    """So many are not measured again: `deploykit.check.SUSPECTS`."""
+    rng = np.random.default_rng(0)
+    r = rng.standard_normal((64, 3))
+    o, c = r * (1 + 1e-6 * rng.standard_normal(r.shape)), r * (1 + 6e-6)
+    judge = verify.Judge(F32)
+    judge.add({"y": r}, {"y": c}, {"y": noise_between(r, o)}, {"y": np.float64})
+    assert not judge.conclude()[0].passed
+    assert len(judge.suspects()) > 12
+
+
+@pytest.mark.parametrize("samples", [1, 2, 7, 8])
+def test_few_samples_do_not_hide_a_wrong_channel(samples):
+    r, o, c = joined(samples=samples)
+    assert compare("y", r, o, c, F32).passed
+    c[:, 1] *= np.float32(1 + 1e-3)
+    assert compare("y", r, o, c, F32).reason.startswith("channel 1 (1 of 4 fail)")
+
+
+@pytest.mark.parametrize("axis", [1, 2, 3])
+def test_a_channel_may_lie_on_any_axis(axis):
+    r, o, c = (np.moveaxis(x, -1, axis) for x in joined(shape=(2, 3)))
+    assert compare("y", r, o, c, F32).passed
+    place = (slice(None),) * axis + (2,)
+    c[place] *= np.float32(1 + 1e-4)
+    found = compare("y", r, o, c, F32)
+    assert found.reason.startswith("channel 2 (" if axis == 3 else f"on axis {axis}, index 2 (")
+    error = np.abs(c.astype(float) - r)
+    error[tuple(slice(None) if i != axis else [0, 1, 3] for i in range(4))] = 0
+    assert (found.worst_sample, *found.worst_index) == np.unravel_index(error.argmax(), error.shape)
+
+
+def test_channels_need_a_record_that_fits():
+    r, o, c = joined()
+    c[:, 1] *= np.float32(1.5)
     noise = noise_between(r, o)
     known = Noise(noise.l2, noise.max_abs)
     assert verify.judge("y", r, c, F32, known, np.float32).passed
     assert not verify.judge("y", r, c, F32, noise, np.float32).passed
     with pytest.raises(verify.RefusedError, match="3 channels, the data 4"):
-        verify.judge("y", r, c, F32, Noise(noise.l2, noise.max_abs, (0.0,) * 3), np.float32)
+        verify.judge("y", r, c, F32, Noise(noise.l2, noise.max_abs, ((0.0,) * 3,)), np.float32)
 
 
 def test_a_rare_class_has_an_absolute_accuracy():
@@ -800,11 +844,13 @@ def test_noise_survives_json_and_takes_the_largest_of_several_runs():
     r, o = overflowing()
     noise = noise_between(r, o)
     assert noise.l2[1] is None
-    assert Noise.from_json(json.loads(json.dumps(noise.to_json(), allow_nan=False))) == noise
+    record = noise.to_json()
+    assert Noise.from_json(json.loads(json.dumps(record, allow_nan=False))) == noise
+    assert Noise.from_json({**record, "channels": record["channels"][0]}) == noise  # as bundles had it at first
     both = noise_between(r, o, np.where(np.isfinite(o), o, 0) * 2, r)
     assert both.l2[0] == pytest.approx(np.linalg.norm(2.0 * o[0] - r[0]))
     assert both.l2[1] is None
-    assert both.channels[0] == pytest.approx(np.linalg.norm(2.0 * o[[0, 1, 3], 0] - r[[0, 1, 3], 0]))
+    assert both.channels[0][0] == pytest.approx(np.linalg.norm(2.0 * o[[0, 1, 3], 0] - r[[0, 1, 3], 0]))
     codes = np.arange(6).reshape(2, 3)
     noise = noise_between(
         codes, codes + np.array([[0, 1, 0], [1, 1, 1]]), codes + np.array([[0, 1, 0], [0, 0, 0]]), codes
@@ -817,6 +863,7 @@ RECORDS = [
     None, {}, {"l2": [1.0]}, {"l2": [1.0], "max": []}, {"l2": [-1.0], "max": [1.0]}, {"l2": [None], "max": [1.0]},
     {"l2": ["1"], "max": ["1"]}, {"l2": [True], "max": [True]}, {"l2": 3, "max": 3},
     *({"l2": [1.0], "max": [1.0], "channels": bad} for bad in (3, [None], [-1.0], ["1"])),
+    *({"l2": [1.0], "max": [1.0], "channels": bad} for bad in ([[None]], [[-1.0]], [["1"]], [3, [1.0]])),
     *({"l2": [1.0], "max": [1.0], "flips": bad} for bad in (3, [], [3], [[-1]], [[1.5]], [[True]], [[], []])),
 ]  # fmt: skip
 
