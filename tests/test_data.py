@@ -335,6 +335,20 @@ except DataError as error:
     assert "takes [?, 32, 32, 3]" in str(error)
 else:
     raise AssertionError
+
+# to train on: both halves, and the names of the classes
+from deploykit.data.labelled import open_labelled
+def labelled(**options):
+    return open_labelled("fashion_mnist", Signature((TensorSpec("x", (None, 28, 28, 1), "float32"),), ()), **options)
+shirts = labelled(only=("0", "Pullover"), limit=200, seed=3)
+assert "training half" in shirts.source and "200 of 60,000" in shirts.source, shirts.source
+assert (shirts.classes, shirts.count, shirts.notices) == (("T-shirt/top", "Pullover"), 200, ()), shirts
+assert shirts.samples.head(9).arrays["x"].max() <= 1
+test = labelled(half="test", only=("2", "0"), classes=shirts.classes)
+assert test.classes == shirts.classes and "test half" in test.source, test
+assert np.bincount(test.targets).tolist() == [1000, 1000]
+shirt = images.arrays["x"][images.labels == 0][0]  # number 0 is the T-shirt, by both ways
+assert any((x == shirt).all() for x in test.take(np.flatnonzero(test.targets == 0)).samples.head(1000).arrays["x"])
 """
 
 

@@ -5,6 +5,8 @@
     take(numbers) -> Samples    those, in memory
     batches(size)               arrays by input name, ``size`` samples at a time; may be asked for again and again
 
+and of a `Stream` only: part(numbers) -> Stream, those, still to be read.
+
 `Stream` holds no sample: each batch is fetched, cast and checked when it is its turn, so memory depends on
 the size of a batch and not on ``count``. What a check of a batch finds is a DataError then.
 """
@@ -78,8 +80,8 @@ class Samples:
 class Stream:
     """Samples that are read as they are used; made by `deploykit.data.open_samples`.
 
-    ``numbers`` are those of the samples within their source, ascending; ``fetch`` gives the arrays of some of them,
-    as the model takes them. Temporary files go with the last reference: there is nothing to close.
+    ``numbers`` are those of the samples within their source; ``fetch`` takes some of them, ascending, and gives their
+    arrays as the model takes them. Temporary files go with the last reference: there is nothing to close.
     """
 
     numbers: Numbers = field(repr=False)
@@ -95,14 +97,18 @@ class Stream:
     def head(self, n: int) -> Samples:
         """The first ``n`` samples (all, when there are fewer), in memory. Raises DataError as `batches` does."""
         labels = None if self.labels is None else self.labels[:n]
-        return Samples(self.fetch(self.numbers[:n]), self.source, labels)
+        return Samples(self._read(self.numbers[:n]), self.source, labels)
 
     def take(self, numbers: Sequence[int] | Numbers) -> Samples:
         """The samples of these numbers, counted from 0, in this order, in memory. Raises DataError as `batches`."""
+        part = self.part(numbers)
+        return part.head(part.count)
+
+    def part(self, numbers: Sequence[int] | Numbers) -> Stream:
+        """The samples of these numbers, counted from 0, in this order; none of them is read."""
         wanted = np.asarray(numbers, np.intp)
-        ascending, order = np.unique(wanted, return_inverse=True)
-        arrays = {name: array[order] for name, array in self.fetch(self.numbers[ascending]).items()}
-        return Samples(arrays, self.source, None if self.labels is None else self.labels[wanted])
+        labels = None if self.labels is None else self.labels[wanted]
+        return Stream(self.numbers[wanted], self.fetch, self.source, labels)
 
     def batches(self, size: int) -> Iterator[dict[str, Array]]:
         """Arrays by name, ``size`` samples at a time; the last batch may be smaller.
@@ -110,4 +116,11 @@ class Stream:
         Raises DataError, in front of the batch it is about, for samples that do not fit and files that are damaged.
         """
         for rows in _slices(self.count, size):
-            yield self.fetch(self.numbers[rows])
+            yield self._read(self.numbers[rows])
+
+    def _read(self, numbers: Numbers) -> dict[str, Array]:
+        """In any order, any of them twice."""
+        if (np.diff(numbers) > 0).all():
+            return self.fetch(numbers)
+        ascending, order = np.unique(numbers, return_inverse=True)
+        return {name: array[order] for name, array in self.fetch(ascending).items()}

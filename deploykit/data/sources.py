@@ -14,9 +14,10 @@ import importlib
 import io
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +41,27 @@ KERAS_SETS = {
     "california_housing": False,
 }
 
+# Names of the classes that a data set's own page gives to its numbers; the others have numbers only.
+KERAS_CLASSES = {
+    "mnist": ("0", "1", "2", "3", "4", "5", "6", "7", "8", "9"),
+    "fashion_mnist": (
+        "T-shirt/top",
+        "Trouser",
+        "Pullover",
+        "Dress",
+        "Coat",
+        "Sandal",
+        "Shirt",
+        "Sneaker",
+        "Bag",
+        "Ankle boot",
+    ),
+    "cifar10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+}
+
+Half = Literal["train", "test"]
+_HALVES: Mapping[Half, str] = {"train": "training half", "test": "test half"}
+
 # A range may be an estimate (mean ± 2 deviations of a Normalization), so these lie well between the usual ones.
 RAW_ABOVE = 8.0  # 0..1 and -1..1 end far below, 0..255 far above
 SIGNED_BELOW = -0.75  # dark images in 0..1 reach -0.4
@@ -47,7 +69,7 @@ SIGNED_BELOW = -0.75  # dark images in 0..1 reach -0.4
 
 @dataclass(frozen=True)
 class Request:
-    """What samples are wanted; see `deploykit.data.open_samples`."""
+    """What samples are wanted; see `deploykit.data.open_samples`. ``half``: of a Keras data set."""
 
     where: str
     signature: Signature
@@ -55,6 +77,13 @@ class Request:
     seed: int
     image_size: tuple[int, int] | None
     scale: float | None
+    half: Half = "test"
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise DataError(f"a limit of {self.limit} samples leaves none; give at least 1")
+        if self.scale is not None and (not math.isfinite(self.scale) or self.scale == 0):
+            raise DataError(f"a pixel scale of {self.scale} makes no sense; 1 keeps 0..255 and 0.00392157 gives 0..1")
 
     def chosen(self, count: int) -> Numbers:
         """Which of ``count`` samples are used: all, or ``limit`` of them drawn by ``seed``, in their order.
@@ -78,24 +107,46 @@ class Request:
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """Rows by input name, all equally many. ``labels``: pieces, more of which may come while parts are read."""
+    """Rows by input name, all equally many. ``labels``: pieces, more of which may come while parts are read.
+
+    To train on there is more: ``y``, of any width, and the names of its classes or columns, looked up when they are
+    asked for.
+    """
 
     rows: Mapping[str, Rows]
     where: str
     labels: list[Array] | None = None
     notes: tuple[str, ...] = ()
+    y: Rows | None = None
+    classes: Callable[[], Array] | None = None
 
     @property
     def count(self) -> int:
         return next(iter(self.rows.values())).shape[0]
 
 
+def _no_faults(rows: Numbers) -> dict[int, str]:
+    return {}
+
+
 @dataclass(frozen=True, eq=False)
 class Source:
-    """``done``: what happened to the samples on their way, in words."""
+    """``done``: what happened to the samples on their way, in words.
+
+    ``faults`` tries which of some rows can be read and says of the others why not; where headers tell all, none.
+    ``notices``: what was passed over.
+    """
 
     parts: Iterable[Part]
     done: Sequence[str] = field(default=())
+    faults: Callable[[Numbers], dict[int, str]] = _no_faults
+    notices: tuple[str, ...] = ()
+
+
+def listed(names: Sequence[str], most: int = 3) -> str:
+    """The first few, and how many more."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def part_by_name(
@@ -121,6 +172,8 @@ def part_by_name(
             raise DataError(f"{where}: {name} is a single number; give one row for each sample")
     if y is None and "y" in keys and "y" not in wanted.values():
         y = rows_of("y")
+    named = "classes" in keys and "classes" not in wanted.values()
+    classes = (lambda: _whole(rows_of("classes"))) if named else None
     counts = {found.shape[:1] for found in (*rows.values(), *([] if y is None else [y]))}
     if len(counts) > 1:
         shapes = {**{name: found.shape for name, found in rows.items()}, **({} if y is None else {"y": y.shape})}
@@ -129,8 +182,13 @@ def part_by_name(
     if y is None:
         return Part(rows, where)
     if len(y.shape) > 2 or y.shape[1:] not in ((), (1,)):
-        return Part(rows, where, notes=(f"y {list(y.shape[1:])} is no class label and left aside",))
-    return Part(rows, where, [y.take(np.arange(y.shape[0])).reshape(-1)])
+        note = f"y {list(y.shape[1:])} is no class label and left aside"
+        return Part(rows, where, notes=(note,), y=y, classes=classes)
+    return Part(rows, where, [_whole(y).reshape(-1)], y=y, classes=classes)
+
+
+def _whole(rows: Rows) -> Array:
+    return rows.take(np.arange(rows.shape[0])) if rows.shape else np.empty(0)
 
 
 # --- arrays --------------------------------------------------------------------------------------------------------
@@ -150,7 +208,7 @@ def _npz_part(path: str, request: Request, slots: Mapping[str, Slot]) -> Part:
 
 
 def _slots(request: Request) -> dict[str, Slot]:
-    return {key: Slot() for key in (*request.names, "x", "y")}
+    return {key: Slot() for key in (*request.names, "x", "y", "classes")}
 
 
 def read_npz(request: Request) -> Source:
@@ -171,7 +229,7 @@ def read_folder(request: Request) -> Source:
         arrays = _files(root, (".npz",))
         flat = _files(root, IMAGE_SUFFIXES)
         folders = sorted(p for p in root.iterdir() if p.is_dir())
-        classes = [found for sub in folders if (found := _files(sub, IMAGE_SUFFIXES))]
+        classes = {sub.name: found for sub in folders if (found := _files(sub, IMAGE_SUFFIXES))}
     except OSError as error:
         raise DataError(f"cannot read the folder {root} ({error.strerror}); check its permissions") from error
     if arrays and (flat or classes):
@@ -183,14 +241,20 @@ def read_folder(request: Request) -> Source:
         parts = (_npz_part(str(path), request, slots) for path in arrays)
         return Source(parts, [f"{len(arrays)} files"])
     if flat:
-        return _images(request, flat, None)
+        return images(request, flat, root)
     if not classes:
         raise DataError(
             f"{request.where} holds no images and no .npz files; expected {', '.join(IMAGE_SUFFIXES)}, a folder of "
             "them for each class, or .npz"
         )
-    labels = np.repeat(np.arange(len(classes)), [len(found) for found in classes])
-    return _images(request, [path for found in classes for path in found], labels)
+    labels = np.repeat(np.arange(len(classes)), [len(found) for found in classes.values()])
+    source = images(
+        request, [path for found in classes.values() for path in found], root, labels, np.array(list(classes))
+    )
+    empty = [sub.name for sub in folders if sub.name not in classes and not sub.name.startswith(".")]
+    notice = f"{request.where}: no images in {listed(empty)}, which is no class" if empty else ""
+    done = [source.done[0], f"{len(classes)} classes", *source.done[1:]]
+    return replace(source, done=done, notices=(notice,) if empty else ())
 
 
 # --- pixels --------------------------------------------------------------------------------------------------------
@@ -239,22 +303,23 @@ def read_keras(request: Request) -> Source:
     name = request.where
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # the progress of a download
-            _, (x, y) = importlib.import_module(f"keras.datasets.{name}").load_data()
+            train, test = importlib.import_module(f"keras.datasets.{name}").load_data()
     except Exception as error:  # whatever a download or a damaged cache raises
         cause = " ".join(str(error).split())[:200]
         raise DataError(
             f"cannot get the Keras data set {name} ({cause}); download it once where there is a network"
         ) from error
-    x, labels = np.asarray(x), np.asarray(y)
+    x, labels = (np.asarray(array) for array in (train if request.half == "train" else test))
     rows: Rows = Held(x)
-    done = ["test half"]
+    done = [_HALVES[request.half]]
     if KERAS_SETS[name]:
         x, reshaped = _arranged(x[..., None] if x.ndim == 3 else x, spec, name)
         law, scaled = pixel_law(spec, request.scale)
         rows = _Pixels(Held(x), law)
         done += [reshaped, scaled]
     labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
-    return Source([Part({spec.name: rows}, name, [labels])], done)
+    classes = (lambda: np.array(KERAS_CLASSES[name])) if name in KERAS_CLASSES else None
+    return Source([Part({spec.name: rows}, name, [labels], y=Held(labels), classes=classes)], done)
 
 
 def _arranged(images: Array, spec: TensorSpec, where: str) -> tuple[Array, str]:
@@ -300,16 +365,36 @@ class _Images:
         return {"HWC": images, "CHW": np.moveaxis(images, -1, 1), "HW": images[..., 0]}[self.axes]
 
 
-def _images(request: Request, files: Sequence[Path], labels: NDArray[np.int64] | None) -> Source:
+def images(
+    request: Request, files: Sequence[Path], root: Path, y: Array | None = None, classes: Array | None = None
+) -> Source:
+    """Image files as the model's only input; ``y`` and ``classes`` as in `Part`. Faults name files from ``root`` on."""
     spec = request.only_input()
     _pillow()
     channels, size, axes = _image_layout(spec, request)
     law, scaled = pixel_law(spec, request.scale)
-    kinds = f", {labels.max() + 1} classes" if labels is not None else ""
+    stored = _Images(files, size, channels, axes)
     count = len(request.chosen(len(files)))
-    done = f"{count} images, {size[0]}x{size[1]} {IMAGE_MODES[channels]}{kinds}"
-    rows = _Pixels(_Images(files, size, channels, axes), law)
-    return Source([Part({spec.name: rows}, request.where, None if labels is None else [labels])], [done, scaled])
+    done = f"{count} images, {size[0]}x{size[1]} {IMAGE_MODES[channels]}"
+    part = Part(
+        {spec.name: _Pixels(stored, law)},
+        request.where,
+        None if y is None else [y],
+        y=None if y is None else Held(y),
+        classes=None if classes is None else lambda: classes,
+    )
+    return Source([part], [done, scaled], partial(_unusable, stored, root))
+
+
+def _unusable(stored: _Images, root: Path, rows: Numbers) -> dict[int, str]:
+    found = {}
+    for row in rows:
+        path = stored.files[row]
+        try:
+            _decoded(path, stored.size, stored.channels)
+        except _ImageError as error:
+            found[int(row)] = f"{path.relative_to(root) if path.is_relative_to(root) else path} {error.fault}"
+    return found
 
 
 def _image_layout(spec: TensorSpec, request: Request) -> tuple[int, tuple[int, int], str]:
@@ -343,13 +428,19 @@ def _pillow() -> Any:
     return Image
 
 
+class _ImageError(DataError):
+    def __init__(self, path: Path, fault: str, remedy: str) -> None:
+        super().__init__(f"{path} {fault}; {remedy}")
+        self.fault = fault
+
+
 def _decoded(path: Path, size: tuple[int, int], channels: int) -> NDArray[np.uint8]:
     """One image as (height, width, channels)."""
     pillow = _pillow()
     try:
         with pillow.open(path) as image:
             if image.mode.startswith(("I", "F")):
-                raise DataError(f"{path} has pixels of more than 8 bits; convert it to 8 bits")
+                raise _ImageError(path, "has pixels of more than 8 bits", "convert it to 8 bits")
             image = image.convert(IMAGE_MODES[channels])
             if image.size != size[::-1]:
                 image = image.resize(size[::-1], pillow.Resampling.BILINEAR)
@@ -357,4 +448,5 @@ def _decoded(path: Path, size: tuple[int, int], channels: int) -> NDArray[np.uin
     except DataError:
         raise
     except Exception as error:  # pillow's decoders raise anything
-        raise DataError(f"{path} is no readable image; remove or replace it") from error
+        fault = "is not there" if isinstance(error, FileNotFoundError) else "is no readable image"
+        raise _ImageError(path, fault, "remove or replace it") from error
