@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,38 +58,60 @@ def golden_count(reference: Reference) -> int:
     return max(1, min(GOLDEN_SAMPLES, reference.samples.count, GOLDEN_BYTES // max(1, one)))
 
 
-def _typical(reference: Array, original: Array) -> tuple[float, float]:
-    """The original's relative error in L2 and in the maximum norm: the 90th percentile over the samples.
+@dataclass(frozen=True)
+class _Level:
+    """The original's usual error, found on all samples that were compared.
 
-    The same share by which `deploykit.verify` pools the noise of a large set.
+    ``l2`` and ``peak``: relative to a sample, the 90th percentile, by which `deploykit.verify` pools the noise of a
+    large set. ``channels``: L2 for each index of each axis, of one sample in the mean.
     """
-    noise = noise_between(reference, original)
-    rows = np.asarray(reference, np.float64).reshape(len(reference), -1)
-    sizes = np.linalg.norm(rows, axis=1), np.abs(rows).max(axis=1, initial=0.0)
-    levels = []
-    for errors, size in zip((noise.l2, noise.max_abs), sizes, strict=True):
-        known = [e / s for e, s in zip(errors, size, strict=True) if e is not None and 0 < s < np.inf]
-        levels.append(float(np.quantile(known, 0.9, method="lower")) if known else 0.0)
-    return levels[0], levels[1]
 
+    l2: float
+    peak: float
+    channels: tuple[tuple[float, ...], ...] | None
 
-def _at_least(level: tuple[float, float], noise: Noise, reference: Array) -> Noise:
-    """Noise of at least the pooled level in every sample.
+    @classmethod
+    def of(cls, reference: Array, original: Array) -> _Level:
+        noise = noise_between(reference, original)
+        rows = np.asarray(reference, np.float64).reshape(len(reference), -1)
+        sizes = np.linalg.norm(rows, axis=1), np.abs(rows).max(axis=1, initial=0.0)
+        levels = []
+        for errors, size in zip((noise.l2, noise.max_abs), sizes, strict=True):
+            known = [e / s for e, s in zip(errors, size, strict=True) if e is not None and 0 < s < np.inf]
+            levels.append(float(np.quantile(known, 0.9, method="lower")) if known else 0.0)
+        share = 1 / np.sqrt(max(1, sum(error is not None for error in noise.l2)))
+        channels = noise.channels and tuple(tuple(float(share * own) for own in axis) for axis in noise.channels)
+        return cls(levels[0], levels[1], channels)
 
-    A golden set is small, its last one a single sample, and there the original may have been lucky: its
-    error far below what another correct evaluation shows (two draws of one size differ by more than 4x in
-    one case of six). The yardstick of few samples is therefore the level found on all that were compared.
-    """
-    if reference.dtype.kind != "f":
-        return noise
-    rows = np.asarray(reference, np.float64).reshape(len(reference), -1)
-    sizes = np.linalg.norm(rows, axis=1), np.abs(rows).max(axis=1, initial=0.0)
+    def least(self, noise: Noise, reference: Array) -> Noise:
+        """Noise of at least this level in every sample, and in every channel.
 
-    def raised(errors: tuple[float | None, ...], size: Array, share: float) -> tuple[float | None, ...]:
-        floors = np.where(np.isfinite(size), share * size, 0.0)
-        return tuple(e if e is None else max(e, float(floor)) for e, floor in zip(errors, floors, strict=True))
+        A golden set is small, its last one a single sample, and there the original may have been lucky: its
+        error far below what another correct evaluation shows (two draws of one size differ by more than 4x in
+        one case of six). The yardstick of few samples is therefore the level found on all that were compared.
+        """
+        if reference.dtype.kind != "f":
+            return noise
+        rows = np.asarray(reference, np.float64).reshape(len(reference), -1)
+        sizes = np.linalg.norm(rows, axis=1), np.abs(rows).max(axis=1, initial=0.0)
 
-    return replace(noise, l2=raised(noise.l2, sizes[0], level[0]), max_abs=raised(noise.max_abs, sizes[1], level[1]))
+        def raised(errors: tuple[float | None, ...], size: Array, share: float) -> tuple[float | None, ...]:
+            floors = np.where(np.isfinite(size), share * size, 0.0)
+            return tuple(e if e is None else max(e, float(floor)) for e, floor in zip(errors, floors, strict=True))
+
+        channels = noise.channels
+        if channels is not None and self.channels is not None:
+            more = float(np.sqrt(sum(error is not None for error in noise.l2)))
+            channels = tuple(
+                tuple(max(own, more * usual) for own, usual in zip(axis, level, strict=True))
+                for axis, level in zip(channels, self.channels, strict=True)
+            )
+        return replace(
+            noise,
+            l2=raised(noise.l2, sizes[0], self.l2),
+            max_abs=raised(noise.max_abs, sizes[1], self.peak),
+            channels=channels,
+        )
 
 
 def write_golden(folder: Path, reference: Reference, layout: str = layouts.NHWC) -> list[dict[str, Any]]:
@@ -106,7 +128,7 @@ def write_golden(folder: Path, reference: Reference, layout: str = layouts.NHWC)
     fixed = reference.signature.inputs[0].shape[0]
     counts = [count, 1] if fixed is None and count > 1 else [fixed or count]
     entries = []
-    typical = {key: _typical(array, reference.original[key]) for key, array in reference.outputs.items()}
+    usual = {key: _Level.of(array, reference.original[key]) for key, array in reference.outputs.items()}
     for index, number in enumerate(counts):
         name = f"test_data_set_{index}"
         (folder / name).mkdir()
@@ -120,7 +142,7 @@ def write_golden(folder: Path, reference: Reference, layout: str = layouts.NHWC)
             rounded = array[:number].astype(original.dtype)
             record["outputs"].append(f"output_{place}.pb")
             write(folder / name / f"output_{place}.pb", key, rounded)
-            noise[key] = _at_least(typical[key], noise_between(rounded, original), rounded).to_json()
+            noise[key] = usual[key].least(noise_between(rounded, original), rounded).to_json()
         record["noise"] = noise
         entries.append(record)
     return entries

@@ -32,6 +32,16 @@ def test_a_lucky_first_sample_gets_the_level_of_all(tmp_path):
     assert len(batch["noise"]["y"]["l2"]) == 20
 
 
+def test_a_lucky_channel_gets_the_level_of_all(tmp_path):
+    errors = np.full(20, 1e-4)
+    errors[0] = 0.0
+    right = reference(errors)
+    batch, single = write_golden(tmp_path, right)
+    own = np.linalg.norm((right.original["y"] - right.outputs["y"]), axis=0)
+    np.testing.assert_allclose(batch["noise"]["y"]["channels"][0], own, rtol=1e-2)
+    np.testing.assert_allclose(single["noise"]["y"]["channels"][0], own / np.sqrt(20), rtol=1e-2)
+
+
 def test_one_rogue_sample_does_not_set_the_level(tmp_path):
     errors = np.full(20, 1e-6)
     errors[7] = 0.5
