@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,11 +38,11 @@ def read_listing(request: Request) -> Source:
     where, folder = request.where, Path(request.where).parent
     rows = _rows(where)
     width = len(rows[0].fields)
-    _refuse(where, [row for row in rows if len(row.fields) != width or width < 2], "path,label as in the first row")
+    _refuse(where, rows, lambda row: len(row.fields) != width or width < 2, "path,label as in the first row")
     header, rows = (rows[0].fields, rows[1:]) if _is_header(rows[0], folder) else ([], rows)
     if not rows:
         raise DataError(f"{where} has a header and no rows; give a row of path,label for each image")
-    _refuse(where, [row for row in rows if "" in row.fields], "a path and a label, none of them empty")
+    _refuse(where, rows, lambda row: "" in row.fields, "a path and a label, none of them empty")
     y = _values([field for row in rows for field in row.fields[1:]]).reshape(len(rows), width - 1)
     if width > 2 and y.dtype.kind == "U":
         raise DataError(
@@ -64,10 +64,10 @@ def _rows(where: str) -> list[_Row]:
     return rows
 
 
-def _refuse(where: str, rows: Sequence[_Row], wanted: str) -> None:
-    if rows:
+def _refuse(where: str, rows: Sequence[_Row], unfit: Callable[[_Row], bool], wanted: str) -> None:
+    if bad := [_said(row) for row in rows if unfit(row)]:
         raise DataError(
-            f"{where}: {len(rows):,} rows do not fit ({listed([_said(row) for row in rows])}); each needs {wanted}, "
+            f"{where}: {len(bad):,} of {len(rows):,} rows do not fit ({listed(bad)}); each needs {wanted}, "
             "separated by commas"
         )
 

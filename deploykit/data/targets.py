@@ -69,8 +69,8 @@ def understood(y: Array, names: Sequence[str] | None, task: Task | Literal["auto
     if y.dtype.kind == "f" and not np.isfinite(y).all():
         bad = ~np.isfinite(y).reshape(len(y), -1).all(axis=1)
         raise DataError(
-            f"{where}: {bad.sum():,} samples have NaN or Inf in their labels, the first is sample {int(bad.argmax())}; "
-            "give them labels or take them out"
+            f"{where}: {bad.sum():,} of {len(y):,} samples have NaN or Inf in their labels, the first is "
+            f"{int(bad.argmax())}; give them labels or take them out"
         )
     if names is not None and (len(set(names)) < len(names) or "" in names):
         raise DataError(f"{where}: the names of the classes are {listed(names, 12)}; give each one a name of its own")
@@ -122,8 +122,8 @@ def _by_name(y: Array, names: Sequence[str] | None, where: str) -> Targets:
     if "" in found:
         missing = y == ""
         raise DataError(
-            f"{where}: {missing.sum():,} samples have no label, the first is sample {int(missing.argmax())}; give them "
-            "labels or take them out"
+            f"{where}: {missing.sum():,} of {len(y):,} samples have no label, the first is "
+            f"{int(missing.argmax())}; give them labels or take them out"
         )
     own = [str(name) for name in found]
     if names is None:
@@ -148,8 +148,8 @@ def _refuse(bad: Array, y: Array, where: str, fault: str) -> None:
     if bad.any():
         first = int(bad.argmax())
         raise DataError(
-            f"{where}: {bad.sum():,} labels are {fault}, the first is {y[first]} of sample {first}; class numbers are "
-            "0, 1, 2, ..."
+            f"{where}: {bad.sum():,} of {len(y):,} labels are {fault}, the first is {y[first]} of sample {first}; "
+            "class numbers are 0, 1, 2, ..."
         )
 
 
