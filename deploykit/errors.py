@@ -58,7 +58,11 @@ class DataError(InputError):
 
 
 class TrainingError(InputError):
-    """Training cannot go on: the loss is no longer finite."""
+    """Training cannot go on: the loss is no longer finite. ``usable``: the weights from before are worth keeping."""
+
+    def __init__(self, message: str, usable: bool = False) -> None:
+        super().__init__(message)
+        self.usable = usable
 
 
 class OutputError(InputError):

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "deploykit"
 ORDER = [
     {"cli", "pytest_plugin"},
     {"ci", "deploy", "diagnosis", "drawing", "equivalence", "inspection", "latency", "migrate", "recommendation"},
-    {"check", "bench", "bundle", "bisect", "worst_case", "gradients", "gates", "profiling", "tuning"},
+    {"check", "bench", "bundle", "bisect", "worst_case", "gradients", "gates", "profiling", "transfer", "tuning"},
     {"fuse", "export", "load", "runtimes", "archive", "health"},
     {"graph", "channels", "opaque"},
     {"affine", "compare", "stats", "noise", "flops", "report", "data", "environment"},

@@ -127,7 +127,8 @@ def _compiled(body: Any) -> Callable[[dict[str, Array]], Array]:
         if count < BATCH:
             parts = [np.concatenate([part, np.repeat(part[-1:], BATCH - count, axis=0)]) for part in parts]
         given = keras.tree.pack_sequence_as(model.input, parts)
-        return np.asarray(model.predict_on_batch(given), dtype=np.float32)[:count]
+        features: Array = np.asarray(model.predict_on_batch(given), dtype=np.float32)[:count]
+        return features
 
     return run
 

@@ -4,9 +4,9 @@
     phase 2, tune    the top of the body is trained too, at a tenth to a hundredth of the rate; BN stays as it is
 
 An optimizer is any of Keras' by name, with its options; ``adam>sgd`` trains with the first for `SWITCH` of the epochs
-and finishes with the second. The rate of step n of N is ``learning_rate · warm-up · schedule(n / N)`` (`SCHEDULES`), with
-a warm-up that grows linearly over its share of the steps; ``plateau`` is the one schedule that looks at the validation
-loss. Multipliers scale the rate of single layers.
+and finishes with the second. The rate of step n of N is ``learning_rate · warm-up · schedule(n / N)`` (`SCHEDULES`),
+with a warm-up that grows linearly over its share of the steps; ``plateau`` is the one schedule that looks at the
+validation loss. Multipliers scale the rate of single layers.
 
 Limits: weight decay that an optimizer applies by itself (AdamW) is not scaled by multipliers.
 """
@@ -69,9 +69,9 @@ class Phase:
     multipliers: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for value, name in ((self.epochs, "epochs"), (self.batch, "a batch size")):
-            if value < 1:
-                raise InputError(f"{name} of {value} trains nothing; give at least 1")
+        for number, name in ((self.epochs, "a number of epochs"), (self.batch, "a batch size")):
+            if number < 1:
+                raise InputError(f"{name} of {number} trains nothing; give at least 1")
         if not 0 < self.learning_rate < math.inf:
             raise InputError(f"a learning rate of {self.learning_rate:g} makes no sense; give a number above 0")
         if self.schedule not in SCHEDULES:
@@ -88,12 +88,12 @@ class Phase:
         for name in self.options:
             if name not in known:
                 raise InputError(f"{self.optimizer} has no option '{name}'; it has {', '.join(sorted(known))}")
-        for name, value in (("clipnorm", self.clipnorm), ("clipvalue", self.clipvalue)):
-            if value is not None and not 0 < value < math.inf:
-                raise InputError(f"{name} {value:g} makes no sense; give a number above 0")
-        for name, value in self.multipliers.items():
-            if not 0 <= value < math.inf:
-                raise InputError(f"a multiplier of {value:g} for '{name}' makes no sense; give 0 or more")
+        for name, bound in (("clipnorm", self.clipnorm), ("clipvalue", self.clipvalue)):
+            if bound is not None and not 0 < bound < math.inf:
+                raise InputError(f"{name} {bound:g} makes no sense; give a number above 0")
+        for name, factor in self.multipliers.items():
+            if not 0 <= factor < math.inf:
+                raise InputError(f"a multiplier of {factor:g} for '{name}' makes no sense; give 0 or more")
 
     def stages(self) -> tuple[tuple[str, int, int], ...]:
         """Optimizer, first epoch, epoch behind the last."""

@@ -15,7 +15,7 @@ Limits: regression has no theoretical loss, and is overfitted when 1 % of the ta
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,7 +105,8 @@ def _overfit(head: Any, features: Array, targets: Array, task: Task) -> Finding:
         share,
         f"1 of {len(features)} samples after {STEPS} steps at most",
         share == 1.0,
-        "some of these samples look alike to the body and have different labels; look at the labels, or cut lower (--at)",
+        "some of these samples look alike to the body and have different labels; look at the labels, or cut lower "
+        "with --at",
     )
 
 
@@ -133,12 +134,7 @@ def _ratio(
             before = [graph.numpy(kernel) for kernel in kernels]
         some = rng.integers(0, len(rows), phase.batch)
         model.train_on_batch(fetch(rows[some]), targets[some])
-    ratios = [
-        np.linalg.norm(graph.numpy(kernel) - old) / norm
-        for kernel, old in zip(kernels, before, strict=True)
-        if (norm := np.linalg.norm(old)) > 0
-    ]
-    ratio = float(np.median(ratios)) if ratios else 0.0
+    ratio = update_ratio(before, kernels)
     low, high = RATIOS
     return Finding(
         "update ratio",
@@ -147,6 +143,13 @@ def _ratio(
         bool(low <= ratio <= high),
         f"the learning rate {phase.learning_rate:g} is too {'small' if ratio < low else 'large'} for this head",
     )
+
+
+def update_ratio(before: Sequence[Array], kernels: Sequence[Any]) -> float:
+    """|step| / |weights| of a step: the median over the kernels that were not zero ``before``; 0 where all were."""
+    pairs = [(graph.numpy(kernel) - old, old) for kernel, old in zip(kernels, before, strict=True)]
+    ratios = [float(np.linalg.norm(step) / np.linalg.norm(old)) for step, old in pairs if old.any()]
+    return float(np.median(ratios)) if ratios else 0.0
 
 
 def _loss(model: Any, features: Array, targets: Array, task: Task) -> float:
@@ -167,5 +170,5 @@ def _bare(head: Any) -> Any:
         return type(layer).from_config(config)
 
     model = keras.models.clone_model(head, clone_function=plain)
-    model.set_weights([value for value in head.get_weights()])
+    model.set_weights(head.get_weights())
     return model

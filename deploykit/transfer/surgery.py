@@ -10,8 +10,8 @@ output over what only rearranges or squashes its answer (`_BEHIND`); it must be 
 (a 1x1 kernel, as in MobileNet). From its input the walk goes on over Dropout. ``drop`` takes further layers with a
 kernel off the top, each with what stands behind it. ``at`` names a layer instead; its output is the feature point.
 
-A feature point must *dominate* the output: every path from an input to an output passes it, so that nothing flows around
-the cut. An encoder's bottleneck does; a level of a U-Net with skip connections does not, and is refused.
+A feature point must *dominate* the output: every path from an input to an output passes it, so that nothing flows
+around the cut. An encoder's bottleneck does; a level of a U-Net with skip connections does not, and is refused.
 
 A classifier without hidden layers starts at zero (Kolesnikov et al. 2020, "Big Transfer"): its problem is convex, every
 class starts equally likely, and the first loss is log(classes) whatever the size of the features.
@@ -22,7 +22,8 @@ layer of the body. Other outputs of the base go, and inputs that the features do
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -52,8 +53,10 @@ _POOLS = {
     ("max", 5): L.GlobalMaxPooling3D,
 }
 _GLOBAL_POOLS = tuple(_POOLS.values())
-_KERNELS = (L.Dense, L.Conv1D, L.Conv2D, L.Conv3D, L.DepthwiseConv1D, L.DepthwiseConv2D, L.SeparableConv1D)
-_KERNELS += (L.SeparableConv2D, L.Conv1DTranspose, L.Conv2DTranspose, L.Conv3DTranspose, L.EinsumDense)
+_KERNELS = (
+    *(L.Dense, L.EinsumDense, L.Conv1D, L.Conv2D, L.Conv3D, L.DepthwiseConv1D, L.DepthwiseConv2D),
+    *(L.SeparableConv1D, L.SeparableConv2D, L.Conv1DTranspose, L.Conv2DTranspose, L.Conv3DTranspose),
+)
 # What may stand between a classifier and the output: it has no weights and keeps every answer apart.
 _BEHIND = (L.Activation, L.Softmax, L.ReLU, L.Dropout, L.Identity, L.Flatten, L.Reshape, *_GLOBAL_POOLS)
 _SQUASHING_OPS = ("Softmax", "Sigmoid", "Squeeze", "Reshape", "Identity")
@@ -100,13 +103,14 @@ class Head:
 class Swapped:
     """A body with a new head, all of one functional ``model``, whose body is frozen.
 
-    ``body`` goes from the inputs to the features, ``head`` from the features to the answer; both share the model's
-    layers. ``gone``: names of the base's layers that are not in it.
+    ``task``: what the head answers. ``body`` goes from the inputs to the features, ``head`` from the features to the
+    answer; both share the model's layers. ``gone``: names of the base's layers that are not in it.
     """
 
     model: Any
     body: Any
     head: Any
+    task: Task
     feature_point: str
     body_layers: tuple[str, ...]
     head_layers: tuple[str, ...]
@@ -158,7 +162,9 @@ def _found(found: Trace) -> int:
             break
         pooled |= isinstance(node.layer, _GLOBAL_POOLS)
         tensor = node.inputs[0]
-    raise InputError(f"the model ends in no head that is recognised (a Dense or a 1x1 convolution); {_candidates(found)}")
+    raise InputError(
+        f"the model ends in no head that is recognised (a Dense or a 1x1 convolution); {_candidates(found)}"
+    )
 
 
 def _classifies(node: Node, pooled: bool) -> bool:
@@ -197,7 +203,8 @@ def _below(found: Trace, tensor: int, count: int) -> int:
         if node is None or len(node.inputs) != 1 or found.calls(node) != 1:
             where = "the input" if node is None else f"'{node.name}'"
             raise InputError(
-                f"cannot drop {count} layers: above the {count}th there is {where}; name the feature point with --at LAYER"
+                f"cannot drop {count} layers: number {count} would be below {where}, where branches meet or nothing is "
+                "left; name the feature point with --at LAYER"
             )
         tensor = node.inputs[0]
         if isinstance(node.layer, _KERNELS):
@@ -229,10 +236,10 @@ def _dominators(found: Trace) -> Iterator[Node]:
 
 
 def _candidates(found: Trace) -> str:
-    listed = [
-        f"{node.name} {'x'.join('?' if size is None else str(size) for size in found.tensors[node.outputs[0]].shape[1:])}"
-        for node, _ in zip(_dominators(found), range(_LISTED), strict=False)
-    ]
+    listed = []
+    for node in itertools.islice(_dominators(found), _LISTED):
+        sizes = found.tensors[node.outputs[0]].shape[1:]
+        listed.append(f"{node.name} {'x'.join('?' if size is None else str(size) for size in sizes)}")
     if not listed:
         return "no layer of it can be one"
     return f"name one with --at: {', '.join(listed)}"
@@ -253,6 +260,9 @@ def swap(base: Any, head: Head, *, at: str | None = None, drop: int = 0, seed: i
     Raises InputError as `feature_point` does, UnsupportedModelError for a graph that cannot be read or copied.
     """
     found = graph.trace(base)
+    fixed = found.tensors[found.inputs[0]].shape[0]
+    if fixed is not None:
+        raise UnsupportedModelError(f"the base takes batches of {fixed} only; save it with a batch size of None")
     tensor = feature_point(found, at, drop)
     kept = graph.cut(found, tensor)
     body = graph.replay(kept)
@@ -283,6 +293,7 @@ def swap(base: Any, head: Head, *, at: str | None = None, drop: int = 0, seed: i
         model=model,
         body=body if vectors is features else keras.Model(body.input, vectors, name=f"{found.name}_body"),
         head=keras.Model(start, answer, name="head"),
+        task=head.task,
         feature_point=point.name,
         body_layers=tuple(node.name for node in kept.nodes),
         head_layers=tuple(layer.name for layer in layers),

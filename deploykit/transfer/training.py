@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from deploykit.data.labelled import Labelled, class_weights, digest, split
 from deploykit.errors import InputError, TrainingError
 from deploykit.transfer import features as cache
 from deploykit.transfer.recipe import PLATEAU, PLATEAU_PATIENCE, Phase, Recipe
+from deploykit.transfer.sanity import Finding, sanity, update_ratio
 from deploykit.transfer.surgery import TASKS, Swapped, Task
 
 Array = npt.NDArray[Any]
@@ -84,6 +85,7 @@ class Trained:
     loss: Mapping[str, float]
     samples: Mapping[str, int]
     changed: tuple[str, ...]
+    sanity: tuple[Finding, ...]
     notices: tuple[str, ...]
     seconds: Mapping[str, float]
 
@@ -124,7 +126,8 @@ class _Watch(keras.callbacks.Callback):  # type: ignore[misc]
     def __init__(self, phase: Phase, steps: int, best: float, weights: Weights, tell: Progress) -> None:
         super().__init__()
         self.phase, self.steps, self.tell = phase, steps * phase.epochs, tell
-        self.best_loss, self.best_weights, self.best_epoch = best, weights, None
+        self.best_loss, self.best_weights = best, weights
+        self.best_epoch: int | None = None
         self.step = self.waited = self.stood = 0
         self.plateau = 1.0
         self.history: dict[str, list[float]] = {}
@@ -151,13 +154,12 @@ class _Watch(keras.callbacks.Callback):  # type: ignore[misc]
             self.diverged = self.diverged or f"the validation loss is {logs['val_loss']:g} in epoch {epoch + 1}"
             self.model.stop_training = True
             return
-        steps = [
-            np.linalg.norm(graph.numpy(v) - old) / norm
-            for v, old in zip(self._kernels(), self.before, strict=True)
-            if (norm := np.linalg.norm(old)) > 0
-        ]
         rate = self.plateau * self.phase.rate(self.step - 1, self.steps)
-        for name, value in {**logs, "update_ratio": float(np.median(steps or [0.0])), "learning_rate": rate}.items():
+        for name, value in {
+            **logs,
+            "update_ratio": update_ratio(self.before, self._kernels()),
+            "learning_rate": rate,
+        }.items():
             self.history.setdefault(name, []).append(float(value))
         if logs["val_loss"] < self.best_loss:
             self.best_loss, self.best_epoch = logs["val_loss"], epoch
@@ -181,7 +183,6 @@ def train(
     data: Labelled,
     recipe: Recipe,
     *,
-    task: Task = "softmax",
     test: Labelled | None = None,
     augmentation: Any = None,
     folder: Path | None = None,
@@ -194,7 +195,7 @@ def train(
 
     Raises TrainingError where the loss is not finite, DataError for what is wrong with the data.
     """
-    clock = _Clock()
+    clock, task = _Clock(), swapped.task
     train_rows, valid_rows = split(data, recipe.validation, recipe.seed)
     weights = _weights(data, train_rows, recipe)
     before = _body_weights(swapped)
@@ -203,14 +204,26 @@ def train(
     stored, notice = _features(swapped, data, recipe, augmentation, folder or cache.cache_folder(), progress)
     notices += [notice] if notice else []
     clock.lap("features")
-    head = _train_head(swapped, data, recipe, task, stored, (train_rows, valid_rows), weights, progress)
+    rows = train_rows, valid_rows
+    mean, deviation = standard(stored, train_rows)
+
+    def fetch(picked: Array) -> Array:
+        return (np.asarray(stored[picked], np.float32) - mean) / deviation
+
+    found: tuple[Finding, ...] = ()
+    if recipe.sanity:
+        found = sanity(swapped.head, fetch, train_rows, data.targets[train_rows], recipe.head, task, recipe.seed)
+        notices += [f"{f.check}: {f.value:.3g}, expected {f.expected}: {f.advice}" for f in found if not f.passed]
+        clock.lap("sanity")
+    head = _train_head(swapped, data, recipe, fetch, rows, weights, progress)
+    _absorb(next(layer for layer in swapped.head.layers if isinstance(layer, keras.layers.Dense)), mean, deviation)
     clock.lap("head")
     phases = [head]
     unchanged = _changed(swapped, before)
     if unchanged:
         raise AssertionError(f"the frozen body changed in {unchanged[:3]}")
     if recipe.tune is not None and recipe.unfreeze != 0:
-        phases.append(_tune(swapped, data, recipe, task, augmentation, (train_rows, valid_rows), weights, progress))
+        phases.append(_tune(swapped, data, recipe, augmentation, rows, weights, progress))
         clock.lap("tune")
     parts = {"train": data.take(train_rows), "validation": data.take(valid_rows)}
     if test is not None:
@@ -224,6 +237,7 @@ def train(
         loss={name: loss for name, (loss, _) in judged.items()},
         samples={name: part.count for name, part in parts.items()},
         changed=_changed(swapped, before),
+        sanity=found,
         notices=tuple(notices),
         seconds=clock.laps,
     )
@@ -265,18 +279,12 @@ def _train_head(
     swapped: Swapped,
     data: Labelled,
     recipe: Recipe,
-    task: Task,
-    stored: Array,
+    fetch: Callable[[Array], Array],
     rows: tuple[Array, Array],
     weights: Array | None,
     progress: Progress,
 ) -> Record:
     train_rows, valid_rows = rows
-    mean, deviation = standard(stored, train_rows)
-
-    def fetch(picked: Array) -> Array:
-        return (np.asarray(stored[picked], np.float32) - mean) / deviation
-
     views = [train_rows + view * data.count for view in range(1 + recipe.views)]
     training = _Batches(
         fetch,
@@ -287,9 +295,7 @@ def _train_head(
         None if weights is None else np.concatenate([weights] * len(views)),
     )
     validation = _Batches(fetch, valid_rows, data.targets[valid_rows], 256)
-    record = _fit("head", swapped.head, recipe.head, task, training, validation, np.inf, progress)
-    _absorb(next(layer for layer in swapped.head.layers if isinstance(layer, keras.layers.Dense)), mean, deviation)
-    return record
+    return _fit("head", swapped.head, recipe.head, swapped.task, training, validation, np.inf, progress)
 
 
 def standard(stored: Array, rows: Array) -> tuple[Array, Array]:
@@ -303,7 +309,7 @@ def standard(stored: Array, rows: Array) -> tuple[Array, Array]:
         mean, count = mean + delta * (len(part) / total), total
     deviation = np.sqrt(square / count)
     constant = deviation <= CONSTANT * np.maximum(np.abs(mean), np.abs(mean).max(initial=0.0) * CONSTANT)
-    return np.float32(mean), np.where(constant, 1.0, deviation).astype(np.float32)
+    return np.asarray(mean, np.float32), np.where(constant, 1.0, deviation).astype(np.float32)
 
 
 def _absorb(dense: Any, mean: Array, deviation: Array) -> None:
@@ -321,7 +327,6 @@ def _tune(
     swapped: Swapped,
     data: Labelled,
     recipe: Recipe,
-    task: Task,
     augmentation: Any,
     rows: tuple[Array, Array],
     weights: Array | None,
@@ -347,8 +352,8 @@ def _tune(
         np.random.default_rng([recipe.seed, 2]),
         weights,
     )
-    best, _ = evaluate(swapped.model, data.take(valid_rows), task)
-    return _fit("tune", swapped.model, recipe.tune, task, training, validation, best, progress)
+    best, _ = evaluate(swapped.model, data.take(valid_rows), swapped.task)
+    return _fit("tune", swapped.model, recipe.tune, swapped.task, training, validation, best, progress)
 
 
 def _unfreeze(swapped: Swapped, recipe: Recipe) -> None:
@@ -378,6 +383,7 @@ def _fit(
     best: float,
     progress: Progress,
 ) -> Record:
+    """Run one phase and leave the best weights behind; ``best``: the validation loss to be beaten."""
     begin = time.perf_counter()
     layers = {variable.path: layer.name for layer in model.layers for variable in layer.trainable_variables}
     unknown = set(phase.multipliers) - set(layers.values())
@@ -401,7 +407,8 @@ def _fit(
     if watch.diverged:
         raise TrainingError(
             f"{name}: {watch.diverged}; lower the learning rate (now {phase.learning_rate:g}), set --clipnorm, or look "
-            "for odd values in the data"
+            "for odd values in the data",
+            usable=np.isfinite(watch.best_loss),
         )
     return Record(
         phase=name,
