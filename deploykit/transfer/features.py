@@ -113,7 +113,8 @@ def compute(
 
 def mapped(path: Path) -> Array:
     """The features, read from disk as they are used."""
-    return np.load(path, mmap_mode="r")
+    stored: Array = np.load(path, mmap_mode="r")
+    return stored
 
 
 def _compiled(body: Any) -> Callable[[dict[str, Array]], Array]:
@@ -127,8 +128,9 @@ def _compiled(body: Any) -> Callable[[dict[str, Array]], Array]:
         if count < BATCH:
             parts = [np.concatenate([part, np.repeat(part[-1:], BATCH - count, axis=0)]) for part in parts]
         given = keras.tree.pack_sequence_as(model.input, parts)
-        features: Array = np.asarray(model.predict_on_batch(given), dtype=np.float32)[:count]
-        return features
+        features: Array = np.asarray(model.predict_on_batch(given), dtype=np.float32)
+        wanted: Array = features[:count]
+        return wanted
 
     return run
 

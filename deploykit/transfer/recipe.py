@@ -16,7 +16,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import keras
@@ -94,6 +94,17 @@ class Phase:
         for name, factor in self.multipliers.items():
             if not 0 <= factor < math.inf:
                 raise InputError(f"a multiplier of {factor:g} for '{name}' makes no sense; give 0 or more")
+
+    def with_(self, text: str, number: int, name: str) -> Phase:
+        """This phase with one setting from ``A[,B]``, where the first is for phase 1 and the second for phase 2."""
+        parts = text.split(",")
+        if len(parts) > 2 or number >= len(parts):
+            return self
+        try:
+            value = type(getattr(self, name))(parts[number])
+        except ValueError:
+            raise InputError(f"{name} {text}: give a number for each phase, as in 100,40") from None
+        return replace(self, **{name: value})
 
     def stages(self) -> tuple[tuple[str, int, int], ...]:
         """Optimizer, first epoch, epoch behind the last."""
