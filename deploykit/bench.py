@@ -98,6 +98,7 @@ class _Stage:
 
 FIRST, LATER = _Stage(0.4, 10, 30), _Stage(0.1, 4, 10)  # 6 of the second after the first
 
+MOST_BATCH = 2**31 - 1  # more are a mistake
 TIMEOUT_S = 300.0  # for any one answer of a worker
 
 DRIFT_LIMIT = 1.10  # last quarter of the rounds over the first, or its inverse
@@ -441,7 +442,7 @@ def bench(
             feed = {key: _of_batch(np.asarray(array), batch) for key, array in arrays.items()}
             for turned in set(layouts):
                 fed = layout.transposed(feed, layout.TO_NCHW) if turned else feed
-                np.savez(folder / INPUTS[turned], **fed)  # type: ignore[arg-type]  # a name is never allow_pickle's
+                (folder / INPUTS[turned]).write_bytes(verify.archive(fed))
             shapes = {key: array.shape for key, array in feed.items()}
             lanes = [
                 _Lane(each, batch, each.own_threads or count, folder / INPUTS[turned], timeout)
@@ -472,8 +473,8 @@ def _refuse_nonsense(
         raise InputError(f"several candidates are called {', '.join(twice)}; give each a name of its own")
     if unknown := sorted({c.runtime for c in candidates if c.runtime not in RUNTIMES}):
         raise InputError(f"unknown runtime {', '.join(unknown)}; known are {', '.join(RUNTIMES)}")
-    if not batches or min(batches) < 1 or len(set(batches)) < len(batches):
-        raise InputError(f"batch sizes are {list(batches)}; give different numbers from 1 on")
+    if not batches or min(batches) < 1 or max(batches) > MOST_BATCH or len(set(batches)) < len(batches):
+        raise InputError(f"batch sizes are {list(batches)}; give different numbers from 1 to {MOST_BATCH}")
     own = [candidate.own_threads for candidate in candidates if _says_threads(candidate)]
     if lacking := [count for count in (*threads, *own) if count is not None and count < 1]:
         raise InputError(f"threads must be at least 1, not {lacking[0]}")

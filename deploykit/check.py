@@ -19,6 +19,7 @@ the yardstick is what errors of float32's size, put into its weights and inputs,
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -430,7 +431,7 @@ def candidate_for(path: str | Path, runtime: str | None = None, **options: Any) 
     ``options`` are those of `deploykit.load` and serve where the candidate is a Keras file.
     """
     path = model = Path(path)
-    if (path / verify.MANIFEST).is_file():
+    if os.path.isfile(path / verify.MANIFEST):  # False for a name that is too long, where Path raises
         try:
             bundle = verify.open_bundle(path)
         except verify.RefusedError as error:

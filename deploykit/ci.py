@@ -35,7 +35,6 @@ from __future__ import annotations
 
 import difflib
 import glob
-import math
 import os
 import re
 import time
@@ -52,6 +51,7 @@ from deploykit.environment import environment
 from deploykit.errors import DeploykitError, InputError, ProofError
 from deploykit.report import Report
 from deploykit.runtimes import RUNTIMES
+from deploykit.verify import is_number
 
 if TYPE_CHECKING:  # `deploy` imports TensorFlow, which a configuration of bundles alone never needs
     pass
@@ -116,6 +116,7 @@ class Config:
         rows: tuple[Check | Latency, ...] = (*self.checks, *self.latency)
         models = [path for check in self.checks for path in (check.reference, *check.candidates, check.weights)]
         models += [path for gate in self.latency for path in (gate.candidate, gate.baseline)]
+        models += [place for check in self.checks for place in check.custom_objects]
         return tuple(path for path in (str(self.path), *models, *(row.data for row in rows), *self.bundles) if path)
 
 
@@ -144,23 +145,19 @@ def _is_texts(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(map(_is_text, value))
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _is_count(value: Any, least: int = 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _file(folder: Path, text: str, where: str) -> str:
-    if not (folder / text).exists():
+    if not os.path.exists(folder / text):  # False for a name that is too long, where Path raises
         raise InputError(f"{where}: there is no {folder / text}; paths are relative to the configuration's folder")
     return str(folder / text)
 
 
 def _data(folder: Path, text: str, where: str) -> str:
     """A path, the name of a Keras data set, or module:function."""
-    if (folder / text).exists() or not (text in KERAS_SETS or ":" in text):
+    if os.path.exists(folder / text) or not (text in KERAS_SETS or ":" in text):
         return _file(folder, text, where)
     return _code(folder, text, where)
 
@@ -176,11 +173,11 @@ _DATA = {
     "data": _Key("a path, a Keras data set or module:function", _is_text, place=_data),
     "samples": _Key("a whole number from 1 on", _is_count),
     "image-size": _Key('height and width as in "224x224"', lambda value: _is_text(value) and bool(_SIZE.match(value))),
-    "scale": _Key("a number other than 0", lambda value: _is_number(value) and value != 0),
-    "seed": _Key("a whole number from 0 on", lambda value: value == 0 or _is_count(value), 0),
+    "scale": _Key("a number other than 0", lambda value: is_number(value) and value != 0),
+    "seed": _Key("a whole number from 0 on", lambda value: _is_count(value, 0), 0),
     "runtime": _Key(f"one of {', '.join(RUNTIMES)}", lambda value: _is_text(value) and value in RUNTIMES),
 }
-_TOLERANCE = _Key("a number that is not negative", lambda value: _is_number(value) and value >= 0)
+_TOLERANCE = _Key("a number that is not negative", lambda value: is_number(value) and value >= 0)
 _FLAG = _Key("true or false", lambda value: isinstance(value, bool), False)
 
 CHECK_KEYS: Mapping[str, _Key] = {
@@ -197,11 +194,11 @@ CHECK_KEYS: Mapping[str, _Key] = {
 LATENCY_KEYS: Mapping[str, _Key] = {
     "candidate": _Key("the path of a model or bundle", _is_text, _REQUIRED, _file),
     "baseline": _Key("the path of a model or bundle", _is_text, _REQUIRED, _file),
-    "max-slowdown": _Key("a ratio above 0, such as 1.1", lambda value: _is_number(value) and value > 0, _REQUIRED),
+    "max-slowdown": _Key("a ratio above 0, such as 1.1", lambda value: is_number(value) and value > 0, _REQUIRED),
     "strict": _FLAG,
     "batch": _Key("a whole number from 1 on", _is_count, 1),
     "threads": _Key("a whole number from 1 on", _is_count),
-    "seconds": _Key("a number above 0", lambda value: _is_number(value) and value > 0, 4.0),
+    "seconds": _Key("a number above 0", lambda value: is_number(value) and value > 0, 4.0),
     **_DATA,
 }
 TABLE_KEYS: Mapping[str, _Key] = {

@@ -21,7 +21,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
@@ -163,18 +163,22 @@ def _reported(terminal: _Terminal, verb: str, model: Path, clock: Clock) -> Iter
 
 @contextlib.contextmanager
 def _terminal(
-    json_target: str | None, quiet: bool, verbose: bool, force: bool, paths: Sequence[Path | str | None]
+    json_target: str | None,
+    quiet: bool,
+    verbose: bool,
+    force: bool,
+    read: Sequence[Path | str | None],
+    written: Mapping[str, Path | None] | None = None,
 ) -> Iterator[_Terminal]:
     """Silence libraries for one command; give the terminal back whatever happens.
 
-    ``paths``: what the command reads and writes; the report may be none of them.
+    ``read``, ``written``: what the command reads, and what else it writes, by option; the report may be none of it.
     """
     if json_target is not None and json_target != "-":
-        from deploykit.files import claim
+        from deploykit.files import apart, claim
 
-        claim(json_target, force=force, inputs=[path for path in paths if path is not None])
-        if any(path is not None and Path(path).absolute() == Path(json_target).absolute() for path in paths):
-            raise InputError(f"--json {json_target} is also read or written by this command; choose another path")
+        claim(json_target, force=force, inputs=read)
+        apart({"--json": json_target, **(written or {})})
     terminal = _Terminal(json_target, quiet, verbose)
     if verbose:
         yield terminal
@@ -312,7 +316,7 @@ def inspect(
     verbose: Verbose = False,
 ) -> None:
     """Show what a model file holds, and its health."""
-    with _terminal(json, quiet, verbose, force, [model, weights]) as terminal:
+    with _terminal(json, quiet, verbose, force, [model, weights, *(custom_objects or ())]) as terminal:
         terminal.progress("loading")
         from deploykit.deploy import Clock
         from deploykit.inspection import inspect_body
@@ -365,17 +369,19 @@ def fuse(
     verbose: Verbose = False,
 ) -> None:
     """Fold BatchNormalization and its kin into the neighbours, prove it, write MODEL.fused.keras."""
-    with _terminal(json, quiet, verbose, force, [model, weights, data, output, plot]) as terminal:
+    read = [model, weights, data, *(custom_objects or ())]
+    target = output or model.with_suffix(".fused.keras")
+    targets = {"-o": None if dry_run else target, "--plot": plot}
+    with _terminal(json, quiet, verbose, force, read, targets) as terminal:
         from deploykit.files import claim
         from deploykit.report.drawing import claim_drawing, dot, draw
 
-        target = output or model.with_suffix(".fused.keras")
         if target.suffix != ".keras":
             raise InputError(f"-o {target}: a fused model is written as .keras; give a name that ends so")
         if not dry_run:
-            claim(target, force=force, inputs=(model, weights, data))
+            claim(target, force=force, inputs=read)
         if plot is not None:
-            claim_drawing(plot, force=force, inputs=(model, weights, data))
+            claim_drawing(plot, force=force, inputs=read)
         terminal.progress("loading")
         from deploykit.archive import write_keras
         from deploykit.deploy import Clock, fuse_body, samples_for
@@ -439,11 +445,12 @@ def migrate(
     verbose: Verbose = False,
 ) -> None:
     """Write an old model as OLD.migrated.keras for Keras 3, proven by the Keras that it was made for."""
-    with _terminal(json, quiet, verbose, force, [old, weights, data, output]) as terminal:
+    read = [old, weights, data, *(custom_objects or ())]
+    target = output or old.with_suffix(".migrated.keras")
+    with _terminal(json, quiet, verbose, force, read, {"-o": target}) as terminal:
         from deploykit.files import claim
 
-        target = output or old.with_suffix(".migrated.keras")
-        claim(target, force=force, inputs=(old, weights, data))
+        claim(target, force=force, inputs=read)
         terminal.progress("loading")
         from deploykit.deploy import Clock
         from deploykit.migrate import Migrated, NotProvenError
@@ -508,10 +515,12 @@ def export(
     verbose: Verbose = False,
 ) -> None:
     """Fuse, write MODEL.onnx, and check it against the float64 reference."""
-    with _terminal(json, quiet, verbose, force, [model, weights, data, output]) as terminal:
+    read = [model, weights, data, *(custom_objects or ())]
+    target = output or model.with_suffix(".onnx")
+    with _terminal(json, quiet, verbose, force, read, {"-o": target}) as terminal:
         from deploykit.files import claim
 
-        target = claim(output or model.with_suffix(".onnx"), force=force, inputs=(model, weights, data))
+        claim(target, force=force, inputs=read)
         size = _batch(batch)
         terminal.progress("loading")
         from deploykit.deploy import REAL, Clock, export_checked, fused_part, samples_for
@@ -568,6 +577,7 @@ def export(
 
 @app.command()
 def check(
+    context: typer.Context,
     reference: Annotated[Path, typer.Argument(help="The trained model; or a bundle, alone.", show_default=False)],
     candidates: Annotated[
         list[Path] | None, typer.Argument(help="Files or bundles to compare with it.", show_default=False)
@@ -605,22 +615,20 @@ def check(
     verbose: Verbose = False,
 ) -> None:
     """Compare candidates with the model that was trained, in float64; or a bundle with its golden data."""
-    read = [reference, *(candidates or ()), weights, data]
+    read = [reference, *(candidates or ()), weights, data, *(custom_objects or ())]
     with _terminal(json, quiet, verbose, force, read) as terminal:
         from deploykit.compare import Tolerance, policy_from
-        from deploykit.files import claim
         from deploykit.report.delivery import claim_targets
 
         if save_worst is not None and (save_worst.suffix != ".npz" or not worst_case):
             raise InputError("--save-worst X.npz keeps what --worst-case N finds; give both")
         wanted = {"junit": junit, "markdown": markdown, "html": html}
-        if save_worst is not None:
-            claim(save_worst, force=force, inputs=read)
-        terminal.targets = claim_targets(wanted, force=force, inputs=read, others={"json": json})
+        others = {"json": json, "save-worst": save_worst}
+        terminal.targets = claim_targets(wanted, force=force, inputs=read, others=others)
 
         law = policy_from(rtol, atol, policy)
         if not candidates:
-            _check_bundle(terminal, reference)
+            _check_bundle(terminal, reference, _options_beside(context, BUNDLE_OPTIONS))
             return
         if gradients and isinstance(law, Tolerance):
             raise InputError("--rtol and --atol speak of outputs, not of gradients; leave them or --gradients out")
@@ -672,14 +680,30 @@ def _is_keras(candidate: Path, runtime: str | None) -> bool:
     return (runtime or runtime_for(candidate)) == "keras" and not (candidate / MANIFEST).is_file()
 
 
-def _check_bundle(terminal: _Terminal, folder: Path) -> None:
-    """`check BUNDLE_DIR`: hashes and golden data, without TensorFlow."""
+# What `check BUNDLE` heeds: where the report goes. All else is about a comparison with a reference.
+BUNDLE_OPTIONS = {"reference", "force", "junit", "markdown", "html", "json", "quiet", "verbose"}
+
+
+def _options_beside(context: typer.Context, heeded: Collection[str]) -> list[str]:
+    """The options that were given on the command line and are not among those."""
+    others = (each for each in context.command.params if each.name is not None and each.name not in heeded)
+    sources = {each.opts[0]: context.get_parameter_source(each.name) for each in others}
+    return [option for option, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+
+
+def _check_bundle(terminal: _Terminal, folder: Path, unheeded: Sequence[str]) -> None:
+    """`check BUNDLE_DIR`: hashes and golden data, without TensorFlow; options about anything else are refused."""
     from deploykit import verify
     from deploykit.report import Report
 
     if not (folder / verify.MANIFEST).is_file():
         raise InputError(
             f"{folder} is no bundle, and there is no candidate to compare it with; give REFERENCE CANDIDATE or a bundle"
+        )
+    if unheeded:
+        raise InputError(
+            f"{', '.join(unheeded)} cannot be used on a bundle alone, which is checked against its golden data on the "
+            f"CPU; compare it with its model (check REFERENCE {folder}), or run {folder / 'verify.py'} --provider NAME"
         )
     try:
         record = verify.verify_bundle(folder, seconds=0)
@@ -754,7 +778,8 @@ def bench(
     verbose: Verbose = False,
 ) -> None:
     """Time models side by side: own processes, interleaved rounds, ratio with interval and verdict."""
-    with _terminal(json, quiet, verbose, force, [*models, data]) as terminal:
+    read = [*models, data, baseline]
+    with _terminal(json, quiet, verbose, force, read) as terminal:
         batches = _numbers(batch, "--batch")
         counts = None if threads is None else _numbers(threads, "--threads")
         sizes = () if size is None else _numbers(size, "--size")
@@ -769,7 +794,6 @@ def bench(
             raise InputError("--strict is about a gate; give --baseline OLD and --max-slowdown RATIO with it")
         if tune_session and (baseline is not None or profile):
             raise InputError("--tune-session goes alone; leave --baseline and --profile out")
-        read = [*models, data, baseline]
         if plot is not None:
             claim_picture(plot, force=force, inputs=read)
         terminal.targets = claim_targets({"html": html}, force=force, inputs=read, others={"json": json, "plot": plot})
@@ -848,12 +872,13 @@ def deploy(
     verbose: Verbose = False,
 ) -> None:
     """Load, fuse, export, check, time, and write a bundle that proves itself."""
-    with _terminal(json, quiet, verbose, force, [model, weights, data, output]) as terminal:
+    read = [model, weights, data, *(custom_objects or ())]
+    with _terminal(json, quiet, verbose, force, read, {"-o": output}) as terminal:
         from deploykit.compare import policy_from
         from deploykit.files import claim
         from deploykit.verify import MANIFEST
 
-        claim(output, force=force, folder=MANIFEST, inputs=(model, weights, data))
+        claim(output, force=force, folder=MANIFEST, inputs=read)
         size = _batch(batch)
         said = (rtol, atol, policy) != (None, None, None)
         law = policy_from(rtol, atol, policy) if said else None  # None: that of --precision
@@ -1112,6 +1137,7 @@ def ci(
 
 INTERRUPTED = 130  # 128 + SIGINT
 _NO_ROOM = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
+_NO_WAY = {errno.ENAMETOOLONG, errno.EACCES}  # what asking whether a file is there may end in
 
 
 def _one_line(text: str) -> str:
@@ -1135,6 +1161,9 @@ def _exit_code(error: BaseException) -> tuple[int, str]:
         return 2, error.format_message()
     if isinstance(error, OSError) and error.errno in _NO_ROOM:
         return 2, f"cannot write: {(error.strerror or 'no room').lower()}; free some space or choose another -o"
+    if isinstance(error, OSError) and error.errno in _NO_WAY:
+        place = os.fspath(error.filename or "a file")
+        return 2, f"cannot reach {place!s:.60} ({(error.strerror or 'no way').lower()}); check the path"
     if isinstance(error, MemoryError):
         return 2, "out of memory; give fewer --samples or use a machine with more"
     return 70, f"internal error, please report it: {type(error).__name__}: {error}"

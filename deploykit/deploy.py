@@ -28,7 +28,7 @@ from deploykit.bench import PROCESSES, BenchReport, bench
 from deploykit.bench import Candidate as Timed
 from deploykit.check import Candidate, Reference, body, check, make_reference
 from deploykit.compare import Law, policy_from
-from deploykit.data import Samples, Stream, open_samples, synthesize
+from deploykit.data import Samples, Stream, open_samples, refuse_unheeded, synthesize
 from deploykit.environment import environment
 from deploykit.errors import DataError, DeploykitError, ProofError
 from deploykit.export import ALL_LOWERINGS, Exported, export, export_stock
@@ -68,6 +68,11 @@ class DataOptions:
     scale: float | None = None
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        """Raises DataError for an option that only data could heed where there are none."""
+        if self.data is None:
+            refuse_unheeded("samples made without --data", (), image_size=self.image_size, scale=self.scale)
+
 
 @dataclass
 class Clock:
@@ -90,11 +95,11 @@ def samples_for(model: Any, options: DataOptions, most: int | None = None) -> Sa
     """The user's samples, or seeded synthetic ones with edge cases; ``most``: unless the options have a limit."""
     signature = signature_of(model)
     if options.data is None:
-        return synthesize(signature, count=options.limit or SYNTHETIC, seed=options.seed)
+        return synthesize(signature, count=SYNTHETIC if options.limit is None else options.limit, seed=options.seed)
     return open_samples(
         options.data,
         signature,
-        limit=options.limit or most,
+        limit=most if options.limit is None else options.limit,
         seed=options.seed,
         image_size=options.image_size,
         scale=options.scale,

@@ -14,7 +14,8 @@ candidates are compared: each costs about four passes over the samples.
 
 What it means for the verdict
 -----------------------------
-A worst case that fails, and gradients that differ, fail the check. A verdict is never lost: whatever goes wrong in here
+A worst case that fails, and gradients that differ, fail the check; numerical differences with which the original itself
+disagrees judge nothing, and a notice says so. A verdict is never lost: whatever goes wrong in here
 is told in a notice once the check has failed. Where it had passed, a search or gradients that were asked for and did
 not take place are a failure, because nothing compared is no pass. Layers explain and do not judge: where they cannot
 be told apart (an opaque graph, a file that names none) a notice says why.
@@ -287,6 +288,7 @@ class _Closer:
             with self.told(f"no gradients of {candidate.name} were compared"):
                 slopes = self.slopes(self.model(place), self.samples(comparison))
                 self.body["gradients"].append({"candidate": candidate.name, **slopes.to_json(), "text": slopes.text()})
+                self.notices += [f"gradients of {candidate.name}: {notice}" for notice in slopes.notices]
                 if not slopes.passed:
                     self.failures.append(f"{candidate.name}: {slopes.reason}")
         if not (self.body["gradients"] or self.failed or self.failures):

@@ -8,13 +8,34 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from deploykit.errors import OutputError
+from deploykit.errors import InputError, OutputError
+from deploykit.modules import place_and_name
+
+Target = str | os.PathLike[str] | None
+
+
+def data_path(model: str | os.PathLike[str]) -> Path:
+    """Where the weights of an .onnx file lie that is too large for one file."""
+    return Path(f"{os.fspath(model)}.data")
+
+
+def _sources(given: str | os.PathLike[str]) -> Iterator[Path]:
+    """What is there of an input: itself, the weights beside it, the file of ``file.py:name``."""
+    found = Path(given), data_path(given), Path(place_and_name(os.fspath(given))[0])
+    return (path for path in found if path.exists())
+
+
+def _overlap(one: Path, other: Path) -> bool:
+    """Whether two paths are one place or one lies in the other; a symbolic link is where it lies and what it names."""
+    places = [(path.resolve(), path.parent.resolve() / path.name) for path in (one, other)]
+    return any(a.is_relative_to(b) or b.is_relative_to(a) for a, b in itertools.product(*places))
 
 
 def claim(
@@ -22,14 +43,15 @@ def claim(
     *,
     force: bool = False,
     folder: str | None = None,
-    inputs: Sequence[str | os.PathLike[str] | None] = (),
+    inputs: Sequence[Target] = (),
 ) -> Path:
     """Check, before any work is done, that ``path`` may be written; return it as a Path.
 
     Raises OutputError when it exists and ``force`` is not set, when its parent is no folder, or
     when the folder cannot be written to. Parents are created only when the output is.
     ``folder``: the output is a folder, and only one that is empty or holds a file of this name may be
-    replaced. ``inputs``: files that are read; the output may neither be one of them nor hold one.
+    replaced. ``inputs``: what is read: models, data, code (``file.py:name``); the output may not be one of them, nor
+    hold one, nor lie in one.
     """
     path = Path(path)
     if path.is_dir() and not folder:
@@ -37,8 +59,8 @@ def claim(
     if path.exists() and not force:
         raise OutputError(f"{path} exists already; give another -o, or --force to replace it")
     for given in inputs:
-        if given is not None and Path(given).exists() and Path(given).resolve().is_relative_to(path.resolve()):
-            raise OutputError(f"writing {path} would replace the input {given}; choose another -o")
+        if given is not None and any(_overlap(path, source) for source in _sources(given)):
+            raise OutputError(f"writing {path} would replace the input {given} or a part of it; choose another path")
     if folder and path.is_dir() and any(path.iterdir()) and not (path / folder).is_file():
         raise OutputError(f"{path} is a folder with other things in it, not a bundle; choose another -o")
     parent = path.absolute().parent
@@ -49,6 +71,17 @@ def claim(
     if not os.access(parent, os.W_OK):
         raise OutputError(f"cannot write {path}: no permission to write in {parent}; choose another -o")
     return path
+
+
+def apart(targets: Mapping[str, Target]) -> None:
+    """Raise InputError where two outputs, by option, are one place or one lies in the other. ``-`` is no place."""
+    given = [(option, Path(path)) for option, path in targets.items() if path is not None and str(path) != "-"]
+    for (option, path), (other, there) in itertools.combinations(given, 2):
+        if _overlap(path, there):
+            raise InputError(
+                f"{option} {path} and {other} {there} name the same file, or one inside the other; "
+                "give each a place of its own"
+            )
 
 
 def _explained(path: Path, error: OSError) -> OutputError:

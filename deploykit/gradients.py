@@ -14,12 +14,15 @@ float32 gradient, and the laws of the whole and of the sample are those of `depl
 lower precision each sample's gradient must keep the SNR that the policy asks of each sample of an output. A tolerance
 (``rtol``, ``atol``) speaks of outputs and has nothing to say about slopes.
 
-*Both against numbers.* In float64 the derivative along random unit directions v must be what the function itself says,
+*Both against numbers.* In float64 the derivative along random unit directions v should be what the function says,
 
     D(h) = (L(x+h·v) − L(x−h·v)) / 2h          |D(h/2) − g·v| ≤ τ,    τ = 1e-5·(|g·v| + ‖g‖/√d) + 64·eps·‖L‖/h
 
 with h = 1e-5 of the sample's rms: the truncation error is of the order of h² ≈ 1e-10, the rounding error of eps/h ≈
 2e-11, both far below τ. That holds the layers' own gradient code to account, which the first proof takes on trust.
+It judges the fused model in the directions in which the original agrees with numbers. Where the original does not
+(stop_gradient, a gradient of its own, rounding that lets it pass), its gradient is no derivative, on purpose: numbers
+are no evidence there about either, ``notices`` say so, and the first proof alone decides.
 
 Kinks
 -----
@@ -46,6 +49,7 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
+from deploykit.data.synthetic import batch_of
 from deploykit.errors import UnsupportedModelError
 from deploykit.fuse.proof import slice_of
 from deploykit.graph import Trace, flat_call, functional_form, replay, runnable, trace
@@ -62,6 +66,7 @@ BESIDE = 1e-3
 STEP = 1e-5
 AGREEMENT = 1e-5
 EPS = float(np.finfo(np.float64).eps)
+VERDICTS = {False: "DISAGREE", None: "no evidence"}
 
 
 @dataclass(frozen=True)
@@ -87,10 +92,13 @@ class InputGradient:
 
 @dataclass(frozen=True)
 class Differences:
-    """Gradients of one model in float64 against numerical differences. ``worst``: the largest error over τ."""
+    """Gradients of one model in float64 against numerical differences. ``worst``: the largest error over τ.
+
+    ``passed`` is None where they are no evidence: the original disagrees, or leaves nothing to judge the fused by.
+    """
 
     model: str
-    passed: bool
+    passed: bool | None
     directions: int
     skipped: int
     worst: float | None
@@ -119,8 +127,16 @@ class GradientReport:
         if not self.inputs:
             return "no gradient was compared"
         wrong = [f"gradient of {part.name}: {part.reason}" for part in self.inputs if not part.passed]
-        wrong += [f"numerical differences, {part.model}: {part.reason}" for part in self.differences if not part.passed]
+        wrong += [self._told(part) for part in self.differences if part.passed is False]
         return wrong[0] if wrong else None
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """Where numbers are no evidence; what is said of the original covers the fused model."""
+        return tuple(self._told(part) for part in self.differences[:1] if part.passed is None)
+
+    def _told(self, part: Differences) -> str:
+        return f"numerical differences, {part.model}: {part.reason}"
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -141,7 +157,7 @@ class GradientReport:
             verdict = "agrees" if part.passed else f"DIFFERS: {part.reason}"
             lines.append(f"gradient of {part.name}: {verdict} (SNR {snr}, the original's own {own}{kinks})")
         for found in self.differences:
-            verdict = "agree" if found.passed else f"DISAGREE: {found.reason}"
+            verdict = "agree" if found.passed else f"{VERDICTS[found.passed]}: {found.reason}"
             lines.append(
                 f"numerical differences, {found.model}: {verdict} "
                 f"({found.directions} directions, {found.skipped} skipped at kinks)"
@@ -161,9 +177,9 @@ def input_gradients(
 ) -> GradientReport:
     """Compare the input gradients of two Keras models of the same signature, at ``count`` of the samples.
 
-    ``directions``: how many random directions are checked against numerical differences, for each model. ``law``: that
-    of the fused model's precision. Raises UnsupportedModelError for opaque models, and where no input or no output
-    holds floating-point numbers.
+    Where the batch size is fixed, at whole batches. ``directions``: how many random directions are checked against
+    numerical differences, for each model. ``law``: that of the fused model's precision. Raises UnsupportedModelError
+    for opaque models, and where no input or no output holds floating-point numbers.
     """
     for model in (original, fused):
         if graph_of(model) is not None:
@@ -177,6 +193,8 @@ def input_gradients(
             "cut it behind its Embedding to compare them"
         )
     rng = np.random.default_rng(seed)
+    whole = batch_of(found.signature)
+    count = whole * max(1, count // whole)
     points = _beside({name: array[:count] for name, array in samples.items()}, moving, rng)
     weights = _weights(found, rng)
     names, batch = [spec.name for spec in found.signature.inputs], slice_of(found)
@@ -185,11 +203,12 @@ def input_gradients(
         _Gradient(model, names, moving, weights, batch) for model in (*doubles, original, fused)
     )
     judged = _judged(points, moving, (exact, plain, candidate), law, rng)
-    numbers = [
-        _differences(name, gradient, points, moving, directions, np.random.default_rng(seed + 1))
-        for name, gradient in (("original", exact), ("fused", exact_fused))
-    ]
-    return GradientReport(len(next(iter(points.values()))), tuple(judged), tuple(numbers), fixed)
+    there, here = (
+        _differences(gradient, points, moving, directions, np.random.default_rng(seed + 1))
+        for gradient in (exact, exact_fused)
+    )
+    numbers = (_told_original(there), _told_fused(here, there))
+    return GradientReport(len(next(iter(points.values()))), tuple(judged), numbers, fixed)
 
 
 def _beside(arrays: Arrays, moving: Sequence[str], rng: np.random.Generator) -> dict[str, Array]:
@@ -383,9 +402,52 @@ def _concluded(
 # --------------------------------------------------------------------------------------------- against differences
 
 
+@dataclass(frozen=True, eq=False)
+class _Compared:
+    """Directions: which do not cross a kink, and the error over τ in each."""
+
+    smooth: npt.NDArray[np.bool_]
+    error: Floats
+
+    @property
+    def agrees(self) -> npt.NDArray[np.bool_]:
+        return np.asarray(self.smooth & (self.error <= 1))
+
+    def concluded(self, who: str, asked: npt.NDArray[np.bool_], passed: bool | None, reason: str | None) -> Differences:
+        told = self.smooth & asked
+        worst = float(self.error[told].max()) if told.any() else None
+        return Differences(who, passed, int(told.sum()), int((asked & ~told).sum()), worst, reason)
+
+
+def _told_original(found: _Compared) -> Differences:
+    """The original is not judged: where it disagrees, numbers are no evidence."""
+    told, against = int(found.smooth.sum()), int((found.smooth & ~found.agrees).sum())
+    reason = None
+    if against:
+        reason = f"its gradient is not its numerical derivative in {against} of {told} directions, which judge nothing"
+    elif not told:
+        reason = "every direction meets a kink"
+    return found.concluded("original", np.ones_like(found.smooth), None if reason else True, reason)
+
+
+def _told_fused(found: _Compared, original: _Compared) -> Differences:
+    """Judged where the original agrees."""
+    asked = original.agrees
+    told = found.smooth & asked
+    worst = float(found.error[told].max(initial=0.0))
+    if not asked.any():
+        return found.concluded("fused", asked, None, "the original agrees in no direction: nothing was compared")
+    reason = None
+    if not told.any():
+        reason = "every direction meets a kink: nothing was compared"
+    elif worst > 1:
+        reason = f"a gradient is {worst:.3g} times further from the numerical difference than is allowed"
+    return found.concluded("fused", asked, reason is None, reason)
+
+
 def _differences(
-    who: str, gradient: _Gradient, points: Arrays, moving: Sequence[str], directions: int, rng: np.random.Generator
-) -> Differences:
+    gradient: _Gradient, points: Arrays, moving: Sequence[str], directions: int, rng: np.random.Generator
+) -> _Compared:
     """One direction through all inputs at a time, for all samples at once, until there are enough."""
     exact = {name: array.astype(np.float64) if name in moving else array for name, array in points.items()}
     slopes = gradient.at(exact)
@@ -394,8 +456,7 @@ def _differences(
     steep = _lengths(slopes)
     step = STEP * np.mean([_rms(points[name]).reshape(count) for name in moving], axis=0) * size
     level = np.abs(gradient.values(exact))
-    told = skipped = 0
-    worst = 0.0
+    smooth, errors = [], []
     for _ in range(math.ceil(directions / count)):
         way = {name: rng.standard_normal(points[name].shape) for name in moving}
         length = _lengths(way)
@@ -404,16 +465,9 @@ def _differences(
         wide, narrow = (_slope(gradient, exact, way, step * share) for share in (1.0, 0.5))
         margin = AGREEMENT * (np.abs(expected) + steep / size) + 64 * EPS * level / step
         live = np.isfinite(wide) & np.isfinite(narrow) & np.isfinite(expected)
-        smooth = live & (np.abs(wide - narrow) <= margin)
-        told, skipped = told + int(smooth.sum()), skipped + int((~smooth).sum())
-        error = np.abs(narrow - expected) / np.where(margin > 0, margin, 1.0)
-        worst = max(worst, float(error[smooth].max(initial=0.0)))
-    reason = None
-    if not told:
-        reason = "every direction meets a kink: nothing was compared"
-    elif worst > 1:
-        reason = f"a gradient is {worst:.3g} times further from the numerical difference than is allowed"
-    return Differences(who, reason is None, told, skipped, worst if told else None, reason)
+        smooth.append(live & (np.abs(wide - narrow) <= margin))
+        errors.append(np.abs(narrow - expected) / np.where(margin > 0, margin, 1.0))
+    return _Compared(np.concatenate(smooth), np.concatenate(errors))
 
 
 def _lengths(vectors: Mapping[str, Floats]) -> Floats:

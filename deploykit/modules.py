@@ -14,6 +14,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
+RAISED = (Exception, SystemExit, GeneratorExit)  # what that Python may raise; KeyboardInterrupt is the user, now
+
+
+def place_and_name(text: str) -> tuple[str, str]:
+    """``module:name`` or ``file.py:name`` in two; the name is empty where none is given."""
+    place, _, name = text.rpartition(":")
+    return (place, name) if place and name.isidentifier() else (text, "")
+
 
 @contextmanager
 def importable(folder: Path, *, first: bool) -> Iterator[None]:

@@ -62,6 +62,7 @@ from deploykit.flops import Call, Shape, bytes_moved, flops, graph_flops, kind
 from deploykit.runtimes import RUNTIMES, Array, fitted
 from deploykit.runtimes.files import file_of, onnx_signature, read_onnx
 from deploykit.runtimes.trained import inputs_for
+from deploykit.verify import archive
 
 __all__ = ["RUNTIME", "LayerTime", "NodeTime", "Profile", "Roofline", "profile", "roofline"]
 
@@ -287,7 +288,7 @@ def profile(
     feed = _fed(proto, inputs_for(path, inputs), batch)
     shapes = {name: array.shape for name, array in feed.items()}
     with tempfile.TemporaryDirectory(prefix="deploykit-profile-") as folder:
-        np.savez(Path(folder, "inputs.npz"), **feed)  # type: ignore[arg-type]  # a name is never allow_pickle's
+        Path(folder, "inputs.npz").write_bytes(archive(feed))
         profiled = _named(path, proto, Path(folder))
         if profiled != path:
             proto = onnx.load_model(profiled, load_external_data=False)

@@ -39,7 +39,8 @@ def assert_equivalent() -> Callable[..., dict[str, Any]]:
     runtime=None)``
 
     ``reference`` and ``candidate`` are paths (the candidate also that of a bundle) or keras.Models. ``data`` is what
-    --data takes, an array for a model with one input, or arrays by input name; without it inputs are made up.
+    --data takes, an array for a model with one input, arrays by input name, or (x, y) with labels; without it inputs
+    are made up. Arrays follow the rules of files: they are cast, NaN is refused, a fixed batch size drops the rest.
     ``samples`` bounds their number. ``policy`` is that of --policy, and float32's whatever the candidate says of
     itself. Returns the ``deploykit.check/1`` report. Raises AssertionError where the candidate is not equivalent and
     DeploykitError for whatever cannot be read or compared.
@@ -121,19 +122,10 @@ def _given(data: Any, limit: int | None) -> Callable[[Any], Any]:
     """The samples of a model from arrays that a test holds."""
 
     def samples(model: Any) -> Any:
-        from deploykit.data import Samples
-        from deploykit.errors import DataError
+        from deploykit.data import hold_samples
         from deploykit.graph import signature
-        from deploykit.runtimes import fitted
 
-        specs = signature(model).inputs
-        if not isinstance(data, Mapping) and len(specs) != 1:
-            names = ", ".join(spec.name for spec in specs)
-            raise DataError(f"the model has {len(specs)} inputs; give data as arrays by name: {names}")
-        arrays = data if isinstance(data, Mapping) else {specs[0].name: data}
-        named = zip((spec.name for spec in specs), fitted(arrays, specs), strict=True)
-        found = Samples(dict(named), "arrays given by the test")
-        return found if limit is None else found.head(limit)
+        return hold_samples(data, signature(model), "the test's data", limit=limit)
 
     return samples
 

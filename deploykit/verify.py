@@ -308,7 +308,7 @@ class Tolerance:
     def __post_init__(self) -> None:
         for name in ("rtol", "atol"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            if not is_number(value) or value < 0:
                 raise RefusedError(f"{name} is {value!r}; give a finite number that is not negative")
 
     def allowed(self, reference: Floats) -> Floats:
@@ -383,9 +383,7 @@ class Noise:
 
 def _is_errors(values: Any) -> bool:
     """A list of finite numbers that are not negative, or None."""
-    return isinstance(values, list) and all(
-        v is None or (isinstance(v, (int, float)) and not isinstance(v, bool) and 0 <= v < math.inf) for v in values
-    )
+    return isinstance(values, list) and all(v is None or (is_number(v) and v >= 0) for v in values)
 
 
 def _is_places(values: Any) -> bool:
@@ -659,6 +657,11 @@ def norms(x: Floats) -> Floats:
 
 def norm(x: Floats) -> float:
     return float(norms(x.reshape(1, -1))[0])
+
+
+def is_number(value: Any) -> bool:
+    """A finite number that a float can hold; JSON and TOML have larger ones, and a bool is none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def number(x: Any) -> float | None:
@@ -1674,6 +1677,8 @@ def open_bundle(folder: str | os.PathLike[str]) -> Bundle:
         if name.startswith(model + "."):  # external weights that no hash covers
             raise RefusedError(f"{name} is not among the files of {MANIFEST}; remove it or write the bundle again")
     signature = _field(manifest, "signature", dict, MANIFEST)
+    if manifest.get("source") is not None:
+        _field(manifest["source"], "name", str, f"source in {MANIFEST}")
     return Bundle(
         folder,
         manifest,
@@ -1699,8 +1704,11 @@ def _specs(signature: object, side: str) -> list[dict[str, Any]]:
         _field(spec, "name", str, f"signature.{side}")
         _field(spec, "dtype", str, f"signature.{side}")
         shape = _field(spec, "shape", list, f"signature.{side}")
-        if not all(size is None or (isinstance(size, int) and size >= 0) for size in shape):
+        if not all(size is None or (isinstance(size, int) and is_number(size) and size >= 0) for size in shape):
             raise RefusedError(f"signature.{side}: {shape!r} is no shape; write the bundle again")
+        for key in ("low", "high"):
+            if spec.get(key) is not None and not is_number(spec[key]):
+                raise RefusedError(f"signature.{side}: {key} is {spec[key]!r}, no number; write the bundle again")
         if spec["dtype"] not in SIGNATURE_DTYPES:
             raise RefusedError(f"signature.{side}: unknown dtype {spec['dtype']!r}; write the bundle again")
     names = [spec["name"] for spec in specs]
@@ -1720,6 +1728,10 @@ def _policy(record: object) -> Law:
 def _inside(folder: str, name: object) -> str:
     """The path of a bundle's file; names that lead out of the bundle are refused."""
     plain = isinstance(name, str) and name and not any(sign in name for sign in "\\:\0")
+    try:
+        os.fsencode(str(name))
+    except UnicodeEncodeError:  # half a character: no file is called so
+        plain = False
     if not plain or any(part in ("", ".", "..") for part in str(name).split("/")):
         raise RefusedError(f"{MANIFEST} names {name!r}, which is no path inside the bundle; fetch the bundle again")
     path, root = os.path.realpath(os.path.join(folder, str(name))), os.path.realpath(folder)
@@ -2115,7 +2127,7 @@ def verify_bundle(
     a damaged bundle, an unusable provider or a missing onnxruntime.
     """
     begin = time.perf_counter()
-    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 <= seconds < math.inf:
+    if not is_number(seconds) or seconds < 0:
         raise RefusedError(f"seconds is {seconds!r}; give a finite number that is not negative")
     bundle = open_bundle(folder)
     golden = bundle.golden()
@@ -2269,7 +2281,7 @@ def _summary_lines(outputs: Mapping[str, Array], classes: object, limit: int = 1
 
 
 def archive(outputs: Mapping[str, Array]) -> bytes:
-    """An .npz that takes any output name (np.savez stumbles over one called "file") and has no timestamps."""
+    """An .npz that takes any name (np.savez stumbles over one called "file") and has no timestamps."""
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as archive:
         for name, value in outputs.items():
@@ -2331,7 +2343,9 @@ def _main(options: argparse.Namespace, folder: str) -> int:
     bundle = open_bundle(folder)
     targets = [path for path in (options.json, options.output) if path not in (None, "-")]
     for path in targets:
-        _claim(path, bundle, options.force)
+        _claim(path, bundle, options.force, options.predict)
+    if len(set(map(os.path.realpath, targets))) < len(targets):
+        raise RefusedError(f"--json and --output name the same file {options.json}; give each a name of its own")
     if options.output and not options.predict:
         raise RefusedError("--output needs --predict FILE; see --help")
     predicted: dict[str, Array] = {}
@@ -2410,12 +2424,14 @@ def _table(report: Mapping[str, Any]) -> Iterator[str]:
     yield verdict + (f": {report['reason']}" if report["reason"] else "")
 
 
-def _claim(path: str, bundle: Bundle, force: bool) -> None:
-    """Refuse, before any work, a target that exists or belongs to the bundle."""
+def _claim(path: str, bundle: Bundle, force: bool, given: str | None) -> None:
+    """Refuse, before any work, a target that exists, belongs to the bundle or is the data that are given."""
     target = os.path.realpath(path)
     own = [_inside(bundle.folder, name) for name in bundle.manifest["files"]]
     if target in [*own, os.path.realpath(os.path.join(bundle.folder, MANIFEST))]:
         raise RefusedError(f"{path} belongs to the bundle; choose another place")
+    if given and target == os.path.realpath(given):
+        raise RefusedError(f"{path} is what --predict reads; choose another place")
     if os.path.isdir(target) or not os.path.isdir(os.path.dirname(target)):
         raise RefusedError(f"{path} cannot be written: no such folder, or a folder itself; choose another place")
     if os.path.exists(target) and not force:

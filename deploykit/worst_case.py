@@ -60,7 +60,7 @@ from deploykit.fuse.proof import slice_of
 from deploykit.graph import Trace, flat_call, functional_form, replay, run, runnable, trace
 from deploykit.opaque import graph_of, nudged
 from deploykit.runtimes import Session
-from deploykit.verify import FLOAT32, Fidelity, Policy, Scale, Tolerance, norms, number, ratios
+from deploykit.verify import FLOAT32, Fidelity, Policy, Scale, Tolerance, archive, norms, number, ratios
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
@@ -109,8 +109,8 @@ class WorstCase:
 
     def save(self, path: str | Path, *, force: bool = False) -> Path:
         """Write the sample as an .npz by input name, which ``--data`` replays."""
-        with whole_file(path, force=force) as target, open(target, "wb") as stream:
-            np.savez(stream, allow_pickle=False, **dict(self.sample))
+        with whole_file(path, force=force) as target:
+            target.write_bytes(archive(self.sample))
         return Path(path)
 
 

@@ -66,9 +66,11 @@ def calibrate(model: keras.Model, seed: int = 0, samples: int = 32) -> keras.Mod
     return model
 
 
-def chain(shape: Sequence[int | None], *layers: keras.Layer, seed: int = 0, positive: bool = False) -> keras.Model:
-    """A live functional model of layers called one after the other on one input named ``x``."""
-    tensor = start = keras.Input(shape, name="x")
+def chain(
+    shape: Sequence[int | None], *layers: keras.Layer, seed: int = 0, positive: bool = False, name: str = "x"
+) -> keras.Model:
+    """A live functional model of layers called one after the other on one input called ``name``."""
+    tensor = start = keras.Input(shape, name=name)
     for layer in layers:
         tensor = layer(tensor)
     return enliven(keras.Model(start, tensor), seed, positive=positive)

@@ -376,6 +376,7 @@ REFUSED = [
     ({"batches": ()}, InputError, "batch sizes"),
     ({"batches": (0,)}, InputError, "batch sizes"),
     ({"batches": (2, 2)}, InputError, "batch sizes"),
+    ({"batches": (10**30,)}, InputError, "batch sizes"),
     ({"threads": (1, 0)}, InputError, "threads must be"),
     ({"threads": (2, 2)}, InputError, "thread counts are"),
     ({"threads": ()}, InputError, "thread counts are"),

@@ -114,6 +114,10 @@ def test_a_folder_that_only_looks_like_a_bundle_is_refused(tmp_path):
         candidate_for(tmp_path)
 
 
+def test_a_candidate_whose_name_no_file_can_have_is_missing_like_any_other():
+    assert candidate_for("a" * 5000 + ".onnx").runtime == "onnxruntime-cpu"  # and is refused when it is opened
+
+
 def test_accuracy_needs_labels_that_fit():
     scores = {"y": np.eye(3)}
     arrays = {"x": np.zeros((3, 1))}

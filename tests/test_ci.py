@@ -113,6 +113,8 @@ LATENCY = '[[tool.deploykit.latency]]\ncandidate = "right.onnx"\nbaseline = "slo
         (CHECK + "sample = 1", "unknown key 'sample'; did you mean 'samples'?"),
         (CHECK.replace("net.keras", "no.keras"), "there is no"),
         (CHECK.replace("right.onnx", "no.onnx"), "no.onnx"),
+        (CHECK.replace("net.keras", "a" * 5000), "there is no"),
+        (CHECK + f"data = '{'a' * 5000}'", "data: there is no"),
         (CHECK.replace('["right.onnx"]', '"right.onnx"'), "candidates is 'right.onnx'; give a list of paths"),
         (CHECK.replace('["right.onnx"]', "[]"), "candidates is []"),
         (CHECK + "data = 'no.npz'", "data: there is no"),
@@ -120,6 +122,9 @@ LATENCY = '[[tool.deploykit.latency]]\ncandidate = "right.onnx"\nbaseline = "slo
         (CHECK + "samples = true", "samples is True"),
         (CHECK + "samples = 1.5", "samples is 1.5"),
         (CHECK + "seed = -1", "seed is -1"),
+        (CHECK + "seed = false", "seed is False"),
+        (CHECK + f"rtol = {10**400}", "rtol is 1000"),
+        (LATENCY + f"seconds = {10**400}", "seconds is 1000"),
         (CHECK + "rtol = -1.0", "rtol is -1.0"),
         (CHECK + "atol = nan", "atol is nan"),
         (CHECK + "atol = '1'", "atol is '1'"),
@@ -288,8 +293,28 @@ def test_what_nobody_foresaw_stops_nothing_and_is_raised_at_the_end():
 def test_no_report_replaces_what_is_read(cli, folder, option):
     before = (folder / "net.keras").read_bytes()
     code, _, err = cli("ci", "--config", config(folder, CHECK), option, folder / "net.keras", "--force")
-    assert (code, "would replace an input" in err) == (2, True)
+    assert (code, "would replace the input" in err) == (2, True)
     assert (folder / "net.keras").read_bytes() == before
+
+
+@pytest.mark.parametrize("target", ["code.py", "layers.py", "dist/good/verify.py", "dist/good/new.json", "net.keras"])
+def test_no_report_replaces_code_or_a_part_of_a_bundle(cli, folder, target):
+    for name in ("code.py", "layers.py"):
+        (folder / name).write_text("")
+    text = CHECK + "data = 'code.py:made'\ncustom-objects = ['layers.py:Thing']\n"
+    path = config(folder, f"[tool.deploykit]\nbundles = ['dist/good']\n{text}")
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    for option in ("--json", "--junit"):
+        code, _, err = cli("ci", "--config", path, option, folder / target, "--force")
+        assert (code, "would replace the input" in err) == (2, True), err
+    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
+
+
+@pytest.mark.parametrize("keys", ["scale = 0.5", "image-size = '4x5'", "data = 'x.npz'\nscale = 0.5"])
+def test_pixels_are_asked_for_only_where_there_are_some(folder, keys):
+    finished = run(read_config(config(folder, CHECK + keys)))
+    assert isinstance(finished.error, InputError)
+    assert f"--{keys.splitlines()[-1].partition(' ')[0]} is for" in str(finished.error)
 
 
 def test_the_own_tolerance_of_a_check_counts(folder):

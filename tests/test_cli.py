@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -17,8 +18,10 @@ import keras
 import numpy as np
 import pytest
 from nets import chain, enliven
+from test_verify import write_bundle
 
 from deploykit import graph
+from deploykit.cli import _exit_code
 
 L = keras.layers
 ROOT = Path(__file__).resolve().parent.parent
@@ -275,6 +278,9 @@ def test_an_output_below_a_file_is_refused(cli, small, tmp_path, verb):
     refused(cli(verb, small, "-o", tmp_path / "file" / "below"), "file")
 
 
+LONG = "a" * 5000  # no file can be called so
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -286,6 +292,12 @@ def test_an_output_below_a_file_is_refused(cli, small, tmp_path, verb):
         ["fuse", "{small}", "--image-size", "12"],
         ["bench", "{small}", "--batch", "1,x"],
         ["check", "{small}"],
+        ["check", LONG],
+        ["check", "{small}", LONG],
+        ["check", "{small}", LONG + ".onnx"],
+        ["check", "{small}", "{small}", "--json", LONG],
+        ["fuse", "{small}", "-o", LONG],
+        ["check", "{small}", "{small}", "--samples", "1" + 30 * "0"],
         ["check", "{small}", "{small}", "--runtime", "abacus"],
         ["deploy", "{small}"],
         ["fuse", "{small}", "--dry-run", "--data", "nowhere.npz"],
@@ -294,6 +306,13 @@ def test_an_output_below_a_file_is_refused(cli, small, tmp_path, verb):
 )
 def test_bad_usage_is_one_line(cli, small, arguments):
     refused(cli(*[argument.format(small=small) for argument in arguments]))
+
+
+@pytest.mark.parametrize("number", [errno.ENAMETOOLONG, errno.EACCES])
+def test_a_path_that_leads_nowhere_is_no_internal_error(number):
+    code, line = _exit_code(OSError(number, "No Way", "a" * 5000))
+    assert (code, len(line) < 200) == (2, True)
+    assert "no way" in line
 
 
 # ------------------------------------------------------------------------------------------- real processes
@@ -443,6 +462,75 @@ def test_force_replaces_no_folder_but_a_bundle(cli, small, tmp_path):
     (tmp_path / "home" / "m.keras").write_bytes(small.read_bytes())
     refused(cli("deploy", tmp_path / "home" / "m.keras", "-o", tmp_path / "home", "--force"), "input")
     assert files(tmp_path) == {"thesis", "thesis/thesis.txt", "home", "home/m.keras"}
+
+
+def test_two_outputs_in_one_place_are_refused_before_the_work(cli, small, tmp_path):
+    source = tmp_path / "net.keras"
+    source.write_bytes(small.read_bytes())
+    here, out = tmp_path / "same.npz", tmp_path / "out"
+    worst = ("check", source, source, "--worst-case", 5, "--save-worst", here)
+    refused(cli(*worst, "--json", here), "--json", "--save-worst", "same file")
+    refused(cli(*worst, "--html", here), "--html", "--save-worst", "same file")
+    refused(cli("deploy", source, "-o", out, "--json", out / "deploykit.json"), "--json", "-o", "one inside the other")
+    for verb, written in (("fuse", "net.fused.keras"), ("migrate", "net.migrated.keras"), ("export", "net.onnx")):
+        refused(cli(verb, source, "--json", tmp_path / written), "--json", "-o", "same file")
+    assert cli("fuse", source, "--dry-run", "--json", tmp_path / "net.fused.keras")[0] == 0  # no model is written
+    assert files(tmp_path) == {"net.keras", "net.fused.keras"}
+
+
+@pytest.mark.parametrize("option", ["--json", "--junit", "--markdown", "--html", "--save-worst", "-o"])
+def test_no_output_replaces_what_is_read(cli, tmp_path, option):
+    """Nothing here is a model: all of it is refused before anything is read."""
+    bundle, images = tmp_path / "bundle", tmp_path / "images"
+    bundle.mkdir()
+    images.mkdir()
+    read = [tmp_path / name for name in ("net.keras", "code.py", "layers.py", "net.weights.h5")]
+    for path in (*read, bundle / "x.npz", images / "0.npz"):
+        path.write_text("as it was")
+    options = ("--custom-objects", f"{read[2]}:Thing", "--weights", read[3], "--force")
+    verb = ("check", read[0], bundle) if option != "-o" else ("export", read[0])
+    worst = ("--worst-case", 5) if option == "--save-worst" else ()
+    inside = [images / "0.npz", images / "new.npz"] + [bundle / "x.npz"] * (option != "-o")
+    single = [] if option == "--save-worst" else [read[2], read[3], read[0]]
+    for target in (*inside, *single):
+        refused(cli(*verb, "--data", images, *options, *worst, option, target), "would replace the input", str(target))
+    if single:
+        refused(cli(*verb, "--data", f"{read[1]}:made", *options, option, read[1]), "would replace the input")
+    assert {path.read_text() for path in tmp_path.rglob("*") if path.is_file()} == {"as it was"}
+
+
+OFF_A_BUNDLE = {
+    "--runtime": "openvino-cpu", "--policy": "float16", "--rtol": 1, "--atol": 1, "--data": "x.npy", "--samples": 3,
+    "--image-size": "7x7", "--scale": 0.5, "--custom-objects": "mine", "--weights": "w.h5", "--allow-code": None,
+    "--seed": 0, "--layers": None, "--worst-case": 5, "--gradients": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("option", OFF_A_BUNDLE)
+def test_a_bundle_alone_refuses_what_it_does_not_heed(cli, tmp_path, option):
+    bundle = write_bundle(tmp_path / "bundle")
+    value = OFF_A_BUNDLE[option]
+    words = (f"error: {option} cannot", "check REFERENCE", "verify.py --provider")
+    refused(cli("check", bundle, option, *([] if value is None else [value])), *words)
+
+
+def test_a_bundle_alone_writes_every_report(cli, tmp_path):
+    bundle = write_bundle(tmp_path / "bundle", source={"name": "net.keras"})
+    kinds = {f"--{kind}": tmp_path / kind for kind in ("json", "junit", "markdown", "html")}
+    asked = [part for pair in kinds.items() for part in pair]
+    assert cli("check", bundle, "--quiet", "--verbose", *asked)[0] == 0
+    assert cli("check", bundle, "--force", *asked)[0] == 0
+    assert all(path.stat().st_size for path in kinds.values())
+    refused(cli("check", bundle, "--worst-case", 5, "--save-worst", "x.npz"), "--worst-case, --save-worst cannot")
+
+
+def test_pixel_options_without_pixels_are_refused(cli, small, tmp_path):
+    np.save(tmp_path / "x.npy", np.ones((20, 6), np.float32))
+    for verb in (["fuse", small, "--dry-run"], ["check", small, small], ["bench", small]):
+        refused(cli(*verb, "--scale", 0.003), "--scale is for pixels", "without --data")
+        refused(
+            cli(*verb, "--data", tmp_path / "x.npy", "--image-size", "7x7"), "--image-size is for folders of images"
+        )
 
 
 def constant(path: Path) -> Path:

@@ -309,6 +309,20 @@ def test_images_without_pillow_name_the_extra(tmp_path: Path, monkeypatch: pytes
         read_samples(str(tmp_path), one((4, 6, 3)))
 
 
+def test_options_about_pixels_are_refused_where_there_are_none(tmp_path: Path) -> None:
+    x = np.ones((2, 4, 6, 3), np.float32)
+    (tmp_path / "set").mkdir()
+    (tmp_path / "code.py").write_text("import numpy\ndef made(): return numpy.ones((2, 4, 6, 3))\n")
+    stored(tmp_path / "set" / "a.npz", x=x)
+    places = [stored(tmp_path / name, x=x) for name in ("x.npy", "x.npz")]
+    for where in (*places, str(tmp_path / "set"), f"{tmp_path / 'code.py'}:made"):
+        assert read_samples(where, one((4, 6, 3))).count == 2
+        for options, words in (({"scale": 1.0}, "--scale is for pixels"), ({"image_size": (4, 6)}, "--image-size is")):
+            text = complaint(lambda where=where, options=options: read_samples(where, one((4, 6, 3)), **options))
+            assert words in text
+            assert f"changes nothing in {where}" in text
+
+
 # --- Keras data sets ----------------------------------------------------------------------------------------------
 
 FASHION = """
@@ -329,12 +343,16 @@ assert read((28, 28), scale=1.0, limit=9).arrays["x"].max() > 200
 assert read((1, 28, 28), high=255.0, limit=9).arrays["x"].max() > 200
 assert "flattened" in read((784,), limit=9).source
 assert read((28, 28, 1)).count == 10_000
-try:
-    read((32, 32, 3))
-except DataError as error:
-    assert "takes [?, 32, 32, 3]" in str(error)
-else:
-    raise AssertionError
+for shape, options, words in (
+    ((32, 32, 3), {}, "takes [?, 32, 32, 3]"),
+    ((28, 28), {"image_size": (28, 28)}, "--image-size is for folders of images"),
+):
+    try:
+        read(shape, **options)
+    except DataError as error:
+        assert words in str(error)
+    else:
+        raise AssertionError
 
 # to train on: both halves, and the names of the classes
 from deploykit.data.labelled import open_labelled
@@ -587,6 +605,8 @@ def test_counts_are_whole_batches(batch: int | None, count: int, result: int) ->
         (one((3,), "string"), {}, "--data"),
         (one((3,), "complex64"), {}, "--data"),
         (one((3,)), {"count": 0}, "at least 1"),
+        (one((3,)), {"count": 10**30}, "more than any memory holds"),
+        (one((2**30,)), {"count": 2**30}, "more than any memory holds"),
         (one((None, None)), {"free": (3,)}, "each open one"),
         (one((None,)), {"free": 0}, "at least 1"),
         (takes(), {}, "no inputs"),

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deploykit.data import open_samples, read_samples, rows
+from deploykit.data import hold_samples, open_samples, read_samples, rows
 from deploykit.data.rows import Slot, npz_member
 from deploykit.errors import DataError, MissingComponentError
 from deploykit.signature import Signature, TensorSpec
@@ -393,6 +393,57 @@ def test_a_program_is_told_the_signature_and_imports_its_neighbours(tmp_path: Pa
     assert capsys.readouterr() == ("", "loading\n")
 
 
+def test_a_program_that_exits_when_it_is_closed_ends_nothing(tmp_path: Path) -> None:
+    body = "def load():\n    try:\n        while True: yield np.ones((1, 1))\n    finally: raise SystemExit(0)"
+    assert open_samples(program(tmp_path, body), one((1,)), limit=2).count == 2
+
+
+def test_a_program_is_interrupted_like_everything_else(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        open_samples(program(tmp_path, "def load():\n    raise KeyboardInterrupt"), one((1,)))
+
+
+# --- what the caller holds -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given", [X, X.tolist(), {"x": X}, (X, None)], ids=["array", "lists", "named", "pair"])
+def test_arrays_that_are_held_follow_the_rules_of_files(tmp_path: Path, given: Any) -> None:
+    held, stored = (
+        hold_samples(given, one((3,)), "mine", limit=9, seed=5),
+        open_samples(_npy(tmp_path), one((3,)), limit=9, seed=5),
+    )
+    assert held.source == "mine (9 of 37 samples)"
+    arrays = held.head(9).arrays
+    np.testing.assert_array_equal(arrays["x"], stored.head(9).arrays["x"])
+    assert arrays["x"].dtype == np.float32
+
+
+def test_held_arrays_fill_whole_batches_and_may_have_labels() -> None:
+    stream = hold_samples((X, np.arange(37)), Signature((TensorSpec("x", (10, 3), "float32"),), ()), "mine")
+    assert (stream.count, stream.labels.tolist()) == (30, list(range(30)))
+
+
+HELD: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "limit": (X, {"limit": -3}, "a limit of -3 samples"),
+    "NaN": (np.where(np.arange(37)[:, None] < 5, np.nan, X), {}, "NaN or Inf, first in sample 0"),
+    "shape": (X[:, :2], {}, "takes [?, 3] float32, found [37, 2]"),
+    "name": ({"z": X}, {}, "must hold x; found z"),
+    "ragged": ([[1, 2, 3], [1]], {}, "is no array"),
+    "none": (X[:0], {}, "gives no samples"),
+    "number": (3.0, {}, "is a single number"),
+}
+
+
+@pytest.mark.parametrize("case", HELD)
+def test_held_arrays_that_do_not_fit(case: str) -> None:
+    given, options, words = HELD[case]
+    assert words in complaint(lambda: hold_samples(given, one((3,)), "mine", **options).head(37))
+
+
+def test_one_array_does_not_feed_two_inputs() -> None:
+    assert "give a dict of a, b" in complaint(lambda: hold_samples(X, TWO, "mine"))
+
+
 def test_a_program_may_be_a_module_of_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program(tmp_path, "def load(): return np.ones((2, 1))", "samples_of_mine.py")
     monkeypatch.chdir(tmp_path)
@@ -404,6 +455,7 @@ FAULTS: dict[str, tuple[str, str]] = {
     "raises late": ("def load():\n    yield np.ones((1, 1))\n    raise OSError", "OSError (made.py, line 4, in load)"),
     "raises in a library": ("import json\ndef load():\n    json.loads('x')", "(made.py, line 4, in load)"),
     "exits": ("def load():\n    raise SystemExit(3)", "SystemExit: 3"),
+    "closes": ("def load():\n    yield np.ones((1, 1))\n    raise GeneratorExit", "GeneratorExit (made.py, line 4"),
     "does not parse": ("def load(:", "made.py, line 2)"),
     "raises on import": ("import nothing_of_that_name", "ModuleNotFoundError"),
     "no function": ("load = 3", "has no function load"),
@@ -457,7 +509,7 @@ def test_batches_of_other_sizes_are_refused(tmp_path: Path) -> None:
 
 def test_one_array_for_several_inputs_is_refused(tmp_path: Path) -> None:
     where = program(tmp_path, "def load(): return np.ones((2, 2))")
-    assert "return a dict of a, b" in complaint(lambda: open_samples(where, TWO))
+    assert "give a dict of a, b" in complaint(lambda: open_samples(where, TWO))
 
 
 # --- memory --------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from dataclasses import replace
 import keras
 import numpy as np
 import pytest
-from nets import chain
+from nets import chain, inputs_for
 
 from deploykit import graph
 from deploykit.check import Candidate, check, make_reference
@@ -289,6 +289,21 @@ def test_gradients_of_nothing_are_no_pass(net, tmp_path):
     )
     _, closer = looked(model, keras_candidates(model), data, Tolerance(1e-3, 1e-3), gradients=True)
     assert "speak of outputs" in closer.failures[0]
+
+
+@pytest.mark.parametrize("size", [None, 40])
+def test_a_gradient_that_the_original_stops_is_noticed_and_fails_nothing(size):
+    x = keras.Input(batch_shape=(size, 6), name="x")
+    y = L.Add()([L.Dense(5, name="a")(x), keras.ops.stop_gradient(L.Dense(5, name="b")(x))])
+    model = keras.Model(x, L.Dense(3, name="c")(y))
+    data = Samples(inputs_for(model, 40), "inputs of a test")
+    _, closer = looked(model, keras_candidates(model), data, gradients=True)
+    assert closer.failures == ()
+    assert [line.partition(": its ")[0] for line in closer.notices] == [
+        "gradients of candidate 0: numerical differences, original"
+    ]
+    (found,) = closer.body["gradients"]
+    assert (found["passed"], found["samples"]) == (True, size or 8)
 
 
 @pytest.mark.parametrize(("law", "passed"), [(POLICIES["float16"], True), (FLOAT32, False)])

@@ -12,7 +12,15 @@ from nets import chain, enliven, inputs_for
 from deploykit import graph
 from deploykit.errors import UnsupportedModelError
 from deploykit.fuse import fuse
-from deploykit.gradients import GradientReport, _Gradient, _Norms, input_gradients
+from deploykit.gradients import (
+    GradientReport,
+    _Compared,
+    _Gradient,
+    _Norms,
+    _told_fused,
+    _told_original,
+    input_gradients,
+)
 from deploykit.verify import FLOAT32, POLICIES
 
 L = keras.layers
@@ -75,7 +83,7 @@ def with_behind(model, layer, kind):
     return keras.models.clone_model(
         model,
         call_function=lambda own, *args, **kwargs: (
-            kind(name="damage")(own(*args, **kwargs)) if own.name == layer else own(*args, **kwargs)
+            kind(name=f"behind_{layer}")(own(*args, **kwargs)) if own.name == layer else own(*args, **kwargs)
         ),
         clone_function=lambda own: own,
     )
@@ -103,6 +111,92 @@ def test_damage_shows(net, damage):
     assert report.inputs[0].kinks == 0
     numbers = {found.model: found.passed for found in report.differences}
     assert numbers == {"original": True, "fused": damage == "a wrong weight"}
+
+
+class Drifting(L.Layer):
+    """The gradient of x, and a value beside it that no gradient tells."""
+
+    def call(self, x):
+        return x + 0.01 * keras.ops.stop_gradient(keras.ops.sin(x))
+
+
+class Sometimes(L.Layer):
+    """Lets a gradient pass in samples that begin with a positive number."""
+
+    def call(self, x):
+        return keras.ops.where(x[:, :1] > 0, x, keras.ops.stop_gradient(x))
+
+
+def smooth(kind=None):
+    """The same weights each time; with a layer of ``kind`` beside a path that lets gradients pass."""
+    x = keras.Input((6,), name="x")
+    y = L.Dense(9, activation="tanh", name="a")(x)
+    model = enliven(keras.Model(x, L.Dense(3, name="c")(L.Add()([y, L.Dense(9, name="b")(x)]))))
+    return model if kind is None else with_behind(model, "b", kind)
+
+
+def test_numbers_that_the_original_misses_are_no_evidence():
+    """A stopped gradient is what the model means: it must be kept, and numbers say nothing of it."""
+    model, samples = smooth(Stopped), inputs_for(smooth(), 8)
+    report = input_gradients(model, graph.canonical(model), samples)
+    assert report.passed
+    assert [(part.model, part.passed) for part in report.differences] == [("original", None), ("fused", None)]
+    assert [part.directions for part in report.differences] == [16, 0]
+    (notice,) = report.notices
+    assert "not its numerical derivative in 16 of 16 directions" in notice
+    assert report.text().count("no evidence") == 2
+    json.dumps(report.to_json(), allow_nan=False)
+    lost = input_gradients(model, smooth(), samples)  # equal outputs, and a gradient that the original stops
+    assert lost.reason == f"gradient of x: {lost.inputs[0].reason}"
+
+
+@pytest.mark.parametrize("kind", [None, Sometimes])
+def test_numbers_judge_where_the_original_agrees_with_them(kind):
+    """The damage has the original's gradient, so that numbers alone tell it."""
+    model, samples = smooth(kind), inputs_for(smooth(), 8)
+    right = input_gradients(model, graph.canonical(model), samples)
+    original, fused = right.differences
+    assert right.passed
+    assert (original.passed, fused.passed) == (None if kind else True, True)
+    assert 0 < fused.directions <= original.directions
+    assert (fused.directions < original.directions) == (kind is not None)
+    wrong = input_gradients(model, with_behind(graph.canonical(model), "c", Drifting), samples)
+    assert wrong.inputs[0].passed
+    assert wrong.reason == f"numerical differences, fused: {wrong.differences[1].reason}"
+    assert "DISAGREE" in wrong.text()
+
+
+@pytest.mark.parametrize(
+    ("original", "fused", "passed", "directions"),
+    [
+        ("ss", "ss", (True, True), 2),
+        ("ss", "sd", (True, False), 2),
+        ("sd", "sd", (None, True), 1),
+        ("ds", "sd", (None, False), 1),
+        ("dd", "ds", (None, None), 0),
+        ("kk", "ss", (None, None), 0),
+        ("ks", "sk", (True, False), 0),
+    ],
+)
+def test_each_direction_is_judged_on_its_own(original, fused, passed, directions):
+    """Of each direction: s the same as numbers, d different, k across a kink."""
+    there, here = (
+        _Compared(np.array([sign != "k" for sign in signs]), np.array([3.0 * (sign == "d") for sign in signs]))
+        for signs in (original, fused)
+    )
+    told = _told_original(there), _told_fused(here, there)
+    assert tuple(part.passed for part in told) == passed
+    assert told[1].directions == directions
+
+
+def test_models_of_a_fixed_batch_are_asked_in_whole_batches():
+    x = keras.Input(batch_shape=(20, 8), name="x")
+    y = keras.ops.reshape(L.Dense(6, activation="relu")(x), (20, 2, 3))
+    model = enliven(keras.Model(x, L.Dense(3)(keras.ops.reshape(y, (20, 6)))))
+    samples = inputs_for(model, 20)
+    report = input_gradients(model, graph.canonical(model), samples)
+    assert report.passed
+    assert report.samples == 20
 
 
 @pytest.mark.parametrize(("law", "passed"), [("float32", False), ("float16", True), ("bfloat16", True)])

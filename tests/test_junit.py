@@ -338,8 +338,10 @@ def test_targets_are_claimed_before_the_work(tmp_path):
     assert claim_targets({"junit": there, "markdown": None}, force=True) == {"junit": there}
     with pytest.raises(InputError, match="same file"):
         claim_targets({"junit": there}, force=True, others={"json": str(there)})
-    with pytest.raises(OutputError, match="replace an input"):
+    with pytest.raises(OutputError, match="would replace the input"):
         claim_targets({"junit": there}, force=True, inputs=[there])
+    with pytest.raises(OutputError, match="replace the input"):
+        claim_targets({}, force=True, inputs=[there], others={"json": there})
     with pytest.raises(InputError, match="only --json"):
         claim_targets({"markdown": "-"})
     assert claim_targets({"junit": tmp_path / "new"}, others={"json": "-"})

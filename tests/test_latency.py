@@ -18,13 +18,13 @@ L = keras.layers
 
 @pytest.fixture(scope="module")
 def room(tmp_path_factory) -> Path:
-    """A quick file, one that does the same forty times over, and one of open sizes."""
+    """A quick file, one that does the same forty times over, and one of open sizes; savez has a parameter `file`."""
     folder = tmp_path_factory.mktemp("latency")
     deep = [layer for _ in range(40) for layer in (L.Conv2D(8, 3, padding="same"), L.ReLU())]
     nets = {"quick": ((16, 16, 8), deep[:2]), "slow": ((16, 16, 8), deep), "open": ((None, None, 8), deep[:2])}
     for name, (shape, layers) in nets.items():
         copies = [layer.__class__.from_config(layer.get_config()) for layer in layers]
-        export(chain(shape, *copies), folder / f"{name}.onnx")
+        export(chain(shape, *copies, name="file"), folder / f"{name}.onnx")
     return folder
 
 

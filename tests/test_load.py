@@ -771,6 +771,7 @@ def test_places_to_take_objects_from(folder: Path, tmp_path: Path, shop: Path, m
         ("", "cannot import ''"),
         ("broken.py", "cannot import 'broken.py' (ZeroDivisionError"),
         ("leaves.py", "cannot import 'leaves.py' (SystemExit"),
+        ("closes.py", "cannot import 'closes.py' (GeneratorExit"),
         ("hollow.py", "defines no class or function"),
     ],
 )
@@ -780,6 +781,7 @@ def test_a_place_that_does_not_work(
     monkeypatch.chdir(tmp_path)
     Path("broken.py").write_text("1 / 0")
     Path("leaves.py").write_text("raise SystemExit(3)")
+    Path("closes.py").write_text("raise GeneratorExit")
     Path("hollow.py").write_text("from keras.layers import *")
     assert words in message(folder / "net.keras", CustomObjectError, custom_objects=[place])
 

@@ -84,7 +84,7 @@ FIXTURE = """
     def test_a_tolerance_counts(assert_equivalent):
         assert_equivalent("net.keras", "wrong.onnx", data="x.npz", atol=0.5)
 
-    @pytest.mark.parametrize("data", [X, {"x": X}], ids=["array", "named"])
+    @pytest.mark.parametrize("data", [X.astype("float64"), {"x": X.tolist()}], ids=["array", "named"])
     def test_models_in_memory(assert_equivalent, data):
         model = keras.models.load_model("net.keras")
         assert assert_equivalent(model, keras.models.clone_model(model), data=data, rtol=1e9)["data"].startswith("20")
@@ -99,8 +99,12 @@ FIXTURE = """
             assert_equivalent("net.keras", 1)
         with pytest.raises(InputError, match="paths and keras.Models, not NoneType"):
             assert_equivalent(None, "right.onnx")
-        with pytest.raises(DataError, match="float64"):
-            assert_equivalent("net.keras", "right.onnx", data=X.astype("float64"))
+        with pytest.raises(DataError, match="NaN or Inf, first in sample 1;"):
+            assert_equivalent("net.keras", "right.onnx", data=np.where(np.arange(20)[:, None] == 1, np.nan, X))
+        with pytest.raises(DataError, match="limit of -3"):
+            assert_equivalent("net.keras", "right.onnx", data=X, samples=-3)
+        with pytest.raises(DataError, match="0 samples"):
+            assert_equivalent("net.keras", "right.onnx", samples=0)
         with pytest.raises(DataError, match="no such|no file"):
             assert_equivalent("net.keras", "right.onnx", data="none.npz")
         with pytest.raises(InputError, match="abacus"):

@@ -77,6 +77,11 @@ def test_numbers_that_json_cannot_hold_become_null():
         dumps({"a": math.nan})
 
 
+def test_names_of_any_bytes_are_written(tmp_path):
+    path = write_json({"model": "ä\udce9\ud800"}, tmp_path / "r.json")
+    assert json.loads(path.read_text("utf-8")) == {"model": "ä\udce9\ud800"}
+
+
 def test_the_envelope_has_its_keys(tmp_path):
     report = deployed([decision("bn")])
     assert report["schema"] == "deploykit.deploy/1"

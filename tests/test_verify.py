@@ -324,6 +324,14 @@ MALFORMED = {
     "shape": (lambda m: m["signature"]["inputs"][0].update(shape=["n"]), "is no shape"),
     "dtype": (lambda m: m["signature"]["inputs"][0].update(dtype="f99"), "unknown dtype 'f99'"),
     "twice": (lambda m: m["signature"].update(inputs=m["signature"]["inputs"] * 2), "names one tensor twice"),
+    "source": (lambda m: m.update(source="abc"), "source in deploykit.json lacks 'name'"),
+    "source name": (lambda m: m.update(source={"name": 3}), "source in deploykit.json lacks 'name'"),
+    "half a character": (lambda m: m["files"].update({"a\ud800": {}}), "'a\\ud800', which is no path inside"),
+    "huge tolerance": (lambda m: m.update(policy={"rtol": 10**400}), "rtol is 1000"),
+    "huge noise": (lambda m: m["golden"][0]["noise"]["y"].update(l2=[10**400] * 16), "noise record must be"),
+    "huge channel": (lambda m: m["golden"][0]["noise"]["y"].update(channels=[10**400] * 3), "channels of a noise"),
+    "size": (lambda m: m["signature"]["inputs"][0].update(shape=[True, 6]), "is no shape"),
+    "range": (lambda m: m["signature"]["inputs"][0].update(low="-9"), "low is '-9', no number"),
     "input name": (
         lambda m: (m["signature"]["inputs"][0].update(name="q"), m["golden"][0].update(inputs=["nameless.pb"])),
         "has inputs ['x'], the signature ['q']",
@@ -522,6 +530,16 @@ def test_the_report_file_is_replaced_only_with_force(bundle, tmp_path, capsys):
     capsys.readouterr()
     assert "belongs to the bundle" in refused(capsys, bundle, "--json", bundle / "model.onnx", "--force")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bundle", "report.json"]
+
+
+def test_one_file_is_not_two_outputs_nor_the_data(bundle, tmp_path, capsys):
+    data = user_data(tmp_path / "x.npy", np.zeros((2, 6), np.float32))
+    before = data.read_bytes()
+    asked = ("--predict", data, "--output", tmp_path / "s.npz")
+    assert "name the same file" in refused(capsys, bundle, *asked, "--json", tmp_path / "." / "s.npz")
+    assert "what --predict reads" in refused(capsys, bundle, *asked, "--json", data, "--force")
+    assert "what --predict reads" in refused(capsys, bundle, "--predict", data, "--output", data, "--force")
+    assert (data.read_bytes(), (tmp_path / "s.npz").exists()) == (before, False)
 
 
 def user_data(path, array):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from dataclasses import replace
 
 import keras
 import numpy as np
@@ -274,6 +275,9 @@ def test_the_same_seed_finds_the_same_sample_and_it_can_be_saved_and_replayed(im
     with np.load(path, allow_pickle=False) as stored:
         np.testing.assert_array_equal(stored["x"], first.sample["x"])
     assert f"{first.ratio:.3g}" in first.text()
+    renamed = replace(first, sample={"file": first.sample["x"]})  # numpy.savez has a parameter of that name
+    with np.load(renamed.save(path, force=True), allow_pickle=False) as stored:
+        np.testing.assert_array_equal(stored["file"], first.sample["x"])
 
 
 def test_the_budget_and_the_samples_must_be_there(images):

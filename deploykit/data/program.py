@@ -35,17 +35,18 @@ from deploykit.data.rows import Held, Rows, Spool
 from deploykit.data.samples import Array
 from deploykit.data.sources import Part, Request, Source, part_by_name
 from deploykit.errors import DataError
-from deploykit.modules import import_file, importable
+from deploykit.modules import RAISED, import_file, importable, place_and_name
 
-RETURNS = "return an array, a dict of arrays by input name, (x, y), or an iterable of batches of these"
+BATCH = "an array, a dict of arrays by input name, or (x, y)"
+RETURNS = f"return {BATCH}, or an iterable of batches of these"
 _LIBRARIES = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
 _END = object()
 
 
 def is_program(where: str) -> bool:
     """Whether ``where`` reads like module:function."""
-    place, _, name = where.rpartition(":")
-    return bool(place) and name.isidentifier() and (place.endswith(".py") or _is_module(place))
+    place, name = place_and_name(where)
+    return bool(name) and (place.endswith(".py") or _is_module(place))
 
 
 def _is_module(place: str) -> bool:
@@ -54,7 +55,7 @@ def _is_module(place: str) -> bool:
 
 def read_program(request: Request) -> Source:
     where = request.where
-    place, _, name = where.rpartition(":")
+    place, name = place_and_name(where)
     if place.endswith(".py") and not Path(place).is_file():
         raise DataError(f"{where}: there is no file {place}; check the path")
     with _running(where, place):
@@ -66,7 +67,7 @@ def read_program(request: Request) -> Source:
     with _running(where, place):
         given = function(**options)
     if _is_batch(given):
-        return Source([_part(given, request, where)])
+        return Source([part_of(given, request, where)])
     if not isinstance(given, Iterable) or isinstance(given, (str, bytes)):
         raise DataError(f"{where} returned {_kind(given)}; {RETURNS}")
     done: list[str] = []
@@ -98,7 +99,7 @@ def _running(where: str, place: str) -> Iterator[None]:
     try:
         with importable(folder, first=is_file), contextlib.redirect_stdout(sys.stderr):
             yield
-    except (Exception, SystemExit) as error:
+    except RAISED as error:
         if isinstance(error, ModuleNotFoundError) and error.name == place:
             raise DataError(
                 f"{where} names a function of the module {place}, which is not there; check the name"
@@ -132,14 +133,15 @@ def _held(value: object, where: str) -> Held:
     try:
         return Held(np.asarray(value))
     except Exception as error:  # ragged lists; tensors that live on another device
-        raise DataError(f"{where} gives {_kind(value)} that is no array ({str(error)[:200]}); {RETURNS}") from error
+        raise DataError(f"{where} gives {_kind(value)} that is no array ({str(error)[:200]}); give {BATCH}") from error
 
 
-def _part(value: Any, request: Request, where: str) -> Part:
+def part_of(value: Any, request: Request, where: str) -> Part:
+    """A batch as a part: an array, a dict of arrays by input name, or (x, y)."""
     y: Rows | None = None
     if isinstance(value, tuple):
         if len(value) != 2:
-            raise DataError(f"{where} gives a tuple of {len(value)}; {RETURNS}")
+            raise DataError(f"{where} gives a tuple of {len(value)}; give {BATCH}")
         value, labels = value
         y = None if labels is None else _held(labels, where)
     if isinstance(value, Mapping):
@@ -148,7 +150,7 @@ def _part(value: Any, request: Request, where: str) -> Part:
         arrays = {request.names[0]: _held(value, where)}
     else:
         raise DataError(
-            f"{where} gives one array and the model has several inputs; return a dict of {', '.join(request.names)}"
+            f"{where} gives one array and the model has several inputs; give a dict of {', '.join(request.names)}"
         )
     part = part_by_name(request.names, list(arrays), arrays.__getitem__, where, y)
     if not part.count:
@@ -173,7 +175,7 @@ def _spooled(batches: Iterable[Any], request: Request, place: str, done: list[st
             name = f"{where}, batch {number}"
             if not _is_batch(batch):
                 raise DataError(f"{name} is {_kind(batch)}; {RETURNS}")
-            part = _part(batch, request, name)
+            part = part_of(batch, request, name)
             rows = np.arange(part.count if limit is None else min(part.count, limit - total))
             arrays = {key: found.take(rows) for key, found in part.rows.items()}
             if number and (labels is None) != (part.labels is None):
@@ -194,7 +196,7 @@ def _spooled(batches: Iterable[Any], request: Request, place: str, done: list[st
         else:
             done.append(f"its first {total} samples")
     finally:
-        with contextlib.suppress(Exception), contextlib.redirect_stdout(sys.stderr):
+        with contextlib.suppress(*RAISED), contextlib.redirect_stdout(sys.stderr):
             getattr(iterator, "close", lambda: None)()
     if not number:
         raise DataError(f"{where} gives no batches; {RETURNS}")

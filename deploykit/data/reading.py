@@ -6,7 +6,7 @@ the samples of any numbers, wherever they lie.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -82,8 +82,23 @@ class Opened:
 def opened(read: Reader, request: Request) -> Opened:
     """What ``read`` finds. Raises DataError for all that headers tell."""
     source = read(request)
+    refuse_unheeded(request.where, source.heeds, image_size=request.image_size, scale=request.scale)
     found = _fitting_parts(source, request.signature)
     return Opened(source, [part for part, _ in found], [columns for _, columns in found])
+
+
+_PIXEL_OPTIONS = {  # what each is for
+    "image_size": "folders of images",
+    "scale": "pixels (folders of images, Keras data sets of images)",
+}
+
+
+def refuse_unheeded(source: str, heeds: Collection[str], **given: object) -> None:
+    """Raise DataError for an option about pixels that a source of samples does not heed."""
+    for name, value in given.items():
+        if value is not None and name not in heeds:
+            option = name.replace("_", "-")
+            raise DataError(f"--{option} is for {_PIXEL_OPTIONS[name]} and changes nothing in {source}; leave it out")
 
 
 def in_words(where: str, notes: Sequence[str]) -> str:

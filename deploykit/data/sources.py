@@ -134,13 +134,14 @@ class Source:
     """``done``: what happened to the samples on their way, in words.
 
     ``faults`` tries which of some rows can be read and says of the others why not; where headers tell all, none.
-    ``notices``: what was passed over.
+    ``notices``: what was passed over. ``heeds``: options about pixels that mattered.
     """
 
     parts: Iterable[Part]
     done: Sequence[str] = field(default=())
     faults: Callable[[Numbers], dict[int, str]] = _no_faults
     notices: tuple[str, ...] = ()
+    heeds: tuple[str, ...] = ()
 
 
 def listed(names: Sequence[str], most: int = 3) -> str:
@@ -319,7 +320,8 @@ def read_keras(request: Request) -> Source:
         done += [reshaped, scaled]
     labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
     classes = (lambda: np.array(KERAS_CLASSES[name])) if name in KERAS_CLASSES else None
-    return Source([Part({spec.name: rows}, name, [labels], y=Held(labels), classes=classes)], done)
+    part = Part({spec.name: rows}, name, [labels], y=Held(labels), classes=classes)
+    return Source([part], done, heeds=("scale",) if KERAS_SETS[name] else ())
 
 
 def _arranged(images: Array, spec: TensorSpec, where: str) -> tuple[Array, str]:
@@ -383,7 +385,7 @@ def images(
         y=None if y is None else Held(y),
         classes=None if classes is None else lambda: classes,
     )
-    return Source([part], [done, scaled], partial(_unusable, stored, root))
+    return Source([part], [done, scaled], partial(_unusable, stored, root), heeds=("image_size", "scale"))
 
 
 def _unusable(stored: _Images, root: Path, rows: Numbers) -> dict[int, str]:

@@ -18,6 +18,7 @@ only for inputs whose range the model does not state. All are finite in float16.
 from __future__ import annotations
 
 import math
+import sys
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ _OTHER = {0: OTHER_SEQUENCES, 1: OTHER_SEQUENCES, 2: OTHER_SEQUENCES, 3: OTHER_I
 
 LARGE = (6.0, 16.0)  # standardised data rarely goes beyond the one and hardly ever beyond the other
 TINY = 1e-6  # below every epsilon that a layer adds to a variance or norm, once it is squared
+WIDEST = 8  # bytes of a number while samples are made
 
 
 def batch_of(signature: Signature) -> int:
@@ -228,6 +230,8 @@ def _made_up(
     if not signature.inputs:
         raise DataError("the model has no inputs to make samples for")
     count += -count % batch_of(signature)
+    if any(count * math.prod(size) * WIDEST > sys.maxsize for size in sizes.values()):
+        raise DataError(f"{count} samples are more than any memory holds; give fewer")
     values = {spec.name: _ordinary(spec, count, sizes[spec.name], seed) for spec in signature.inputs}
     grounds = {spec.name: _grounds(spec, values[spec.name]) for spec in signature.inputs}
     suiting = [edge for edge in EDGES.values() if any(edge.suits(ground(0)) for ground in grounds.values())]

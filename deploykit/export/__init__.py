@@ -37,7 +37,7 @@ from deploykit.errors import DeploykitError, InputError, UnsupportedModelError
 from deploykit.export import canonical, lowering, tracing
 from deploykit.export import precision as narrowing
 from deploykit.export.lowering import layout as edge
-from deploykit.files import claim, whole_file
+from deploykit.files import claim, data_path, whole_file
 from deploykit.graph import flat_call
 from deploykit.graph import signature as signature_of
 from deploykit.signature import Signature, TensorSpec
@@ -108,7 +108,7 @@ def export(
         function = tracing.concrete(model, signature, paths)
         large = tracing.frozen_bytes(function) > external_above
         if large:
-            claim(_data_path(path), force=force)
+            claim(data_path(path), force=force)
         outside = max(tracing.SMALL_CONSTANT_BYTES, external_above // 2000) if large else None
         frozen = tracing.freeze(function, paths, outside_bytes=outside)
         converted, contents, notices = tracing.convert(frozen, opset, records)
@@ -312,10 +312,6 @@ def _known(frozen: tracing.Frozen) -> Callable[[str], str | None]:
 # ------------------------------------------------------------------------------------------------ writing
 
 
-def _data_path(path: Path) -> Path:
-    return path.with_name(f"{path.name}.data")
-
-
 def _check(path: Path) -> None:
     try:
         onnx.checker.check_model(os.fspath(path), full_check=True)
@@ -342,16 +338,16 @@ def _write(proto: Any, contents: dict[str, bytes], path: Path, *, force: bool, e
                 _check(part)
     except BaseException:
         if external and not path.exists():
-            _data_path(path).unlink(missing_ok=True)
+            data_path(path).unlink(missing_ok=True)
         raise
-    size = path.stat().st_size + (_data_path(path).stat().st_size if external else 0)
+    size = path.stat().st_size + (data_path(path).stat().st_size if external else 0)
     return size, external
 
 
 def _write_external(proto: Any, contents: dict[str, bytes], part: Path, path: Path, *, force: bool) -> None:
     """Write the data whole, then the model that points to it to ``part``."""
     constants = [constant for constant in proto.graph.initializer if constant.name in contents]
-    with whole_file(_data_path(path), force=force) as data:
+    with whole_file(data_path(path), force=force) as data:
         with open(data, "wb") as stream:
             for constant in constants:
                 content = contents.pop(constant.name)
@@ -363,6 +359,6 @@ def _write_external(proto: Any, contents: dict[str, bytes], part: Path, path: Pa
         part.write_bytes(proto.SerializeToString(deterministic=True))
         _check(part)
         for constant in constants:
-            constant.external_data[0].value = _data_path(path).name
+            constant.external_data[0].value = data_path(path).name
         part.write_bytes(proto.SerializeToString(deterministic=True))
         path.unlink(missing_ok=True)  # from here on the old model, if any, has lost its data

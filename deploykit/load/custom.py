@@ -23,7 +23,7 @@ from typing import Any
 import keras
 
 from deploykit.errors import CustomObjectError
-from deploykit.modules import import_file, importable
+from deploykit.modules import RAISED, import_file, importable, place_and_name
 
 _FLAG = "--custom-objects takes a module, module:Name or a .py file"
 
@@ -38,7 +38,7 @@ def _import(place: str) -> ModuleType:
             return importlib.import_module(place)
     except CustomObjectError:
         raise
-    except (Exception, SystemExit) as error:  # whatever the user's code raises
+    except RAISED as error:
         cause = f"{type(error).__name__}: {error}".strip()
         raise CustomObjectError(f"custom objects: cannot import {place!r} ({cause[:200]}); {_FLAG}") from error
 
@@ -72,9 +72,7 @@ def custom_objects(places: Sequence[str]) -> dict[str, Any]:
     """
     objects: dict[str, Any] = {}
     for place in places:
-        source, _, wanted = place.rpartition(":")
-        if not source or not wanted.isidentifier():
-            source, wanted = place, ""
+        source, wanted = place_and_name(place)
         module = _import(source)
         found = dict(_objects(module))
         if wanted:

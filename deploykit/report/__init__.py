@@ -73,5 +73,5 @@ def dumps(record: Mapping[str, Any]) -> str:
 def write_json(record: Mapping[str, Any], path: str | os.PathLike[str], *, force: bool = True) -> Path:
     """Write a report whole or not at all."""
     with whole_file(path, force=force) as target:
-        target.write_text(dumps(record), encoding="utf-8")
+        target.write_text(dumps(record), encoding="utf-8", errors="backslashreplace")  # file names may be any bytes
     return Path(path)

@@ -6,19 +6,16 @@ whole or not at all afterwards.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from deploykit.errors import InputError, OutputError
-from deploykit.files import claim
+from deploykit.errors import InputError
+from deploykit.files import Target, apart, claim
 from deploykit.report.check_markdown import write_markdown
 from deploykit.report.ci_html import write_ci_page
 from deploykit.report.html import write_page
 from deploykit.report.junit import write_junit
-
-Target = str | os.PathLike[str] | None
 
 WRITERS: Mapping[str, Callable[..., Path]] = {
     "junit": write_junit,
@@ -43,23 +40,16 @@ def claim_targets(
     """The targets (``{"junit": path, ...}``) that were asked for.
 
     Raises OutputError where one may not be written or is an input, and InputError where one is named twice. ``others``
-    are options that write files, too (``{"json": path}``), and were claimed by whoever reads them.
+    are options that write files, too (``{"json": path}``), and are claimed with them.
     """
     asked = {key: Path(path) for key, path in targets.items() if path is not None}
     more = {key: Path(path) for key, path in (others or {}).items() if path not in (None, "-")}
-    read = {os.path.realpath(given) for given in inputs if given is not None}
-    places: dict[str, str] = {}
-    for key, path in {**more, **asked}.items():
+    for key, path in asked.items():
         if str(path) == "-":
             raise InputError(f"--{key} -: only --json writes to stdout; give a path")
-        place = os.path.realpath(path)
-        if place in read:
-            raise OutputError(f"--{key} {path} would replace an input; choose another path")
-        if place in places:
-            raise InputError(f"--{key} and --{places[place]} name the same file {path}; give each a name of its own")
-        places[place] = key
-    for path in asked.values():
-        claim(path, force=force, inputs=list(inputs))
+    apart({f"--{key}": path for key, path in {**more, **asked}.items()})
+    for path in (*more.values(), *asked.values()):
+        claim(path, force=force, inputs=inputs)
     return asked
 
 
