@@ -943,9 +943,7 @@ def swap_head(
     base: Annotated[Path, typer.Argument(help="A trained Keras model: its body is kept.", show_default=False)],
     data: Annotated[
         str,
-        typer.Option(
-            "--data", help="Labelled: a folder per class, .npz with y, CSV of path,label or a Keras data set."
-        ),
+        typer.Option("--data", help="Labelled: a folder per class, .npz with y, CSV of path,label, a Keras data set."),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Where to write the new model.", show_default=False)],
     test: Annotated[
@@ -1016,10 +1014,11 @@ def swap_head(
     verbose: Verbose = False,
 ) -> None:
     """Give a trained body a new head and train it for another task."""
-    with _terminal(json, quiet, verbose, force, [base, weights, data, test, output]) as terminal:
+    read = [base, weights, data, test, *(custom_objects or ())]
+    with _terminal(json, quiet, verbose, force, read, {"-o": output}) as terminal:
         from deploykit.files import claim
 
-        claim(output, force=force, inputs=(base, weights, data, test))
+        claim(output, force=force, inputs=read)
         where = _data(data, samples, image_size, scale, seed)
         depth, layers = _unfreeze(unfreeze), _numbers(hidden, "--hidden") if hidden else ()
         options, multipliers = _pairs(option, "--option"), _pairs(rate, "--rate")
@@ -1054,7 +1053,7 @@ def swap_head(
             "options": options or None,
             "multipliers": multipliers or None,
         }
-        settings = {name: value for name, value in said.items() if value is not None}
+        settings: dict[str, Any] = {name: value for name, value in said.items() if value is not None}
         phases = []
         for number, phase in enumerate((recipe.head, recipe.tune)):
             assert phase is not None

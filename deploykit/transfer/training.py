@@ -230,8 +230,9 @@ def train(
         parts["test"] = test
     judged = {name: evaluate(swapped.model, part, task) for name, part in parts.items()}
     clock.lap("evaluate")
+    plain = keras.Model(swapped.model.input, swapped.model.output, name=swapped.model.name)  # without an optimizer
     return Trained(
-        model=swapped.model,
+        model=plain,
         phases=tuple(phases),
         accuracy={"train": None, "validation": None, "test": None, **{name: acc for name, (_, acc) in judged.items()}},
         loss={name: loss for name, (loss, _) in judged.items()},
