@@ -63,7 +63,7 @@ from deploykit.fuse.apply import apply
 from deploykit.fuse.plan import plan as make_plan
 from deploykit.fuse.proof import slice_of
 from deploykit.fuse.sources import is_source
-from deploykit.graph import Node, Ref, Trace, flat_call, functional_form, numpy, replay, runnable, trace
+from deploykit.graph import Node, Trace, flat_call, functional_form, numpy, replay, runnable, showing, trace
 from deploykit.layout import TO_NCHW, transposed
 from deploykit.load import load
 from deploykit.opaque import graph_of
@@ -225,14 +225,6 @@ def keyed(found: Trace) -> dict[Key, int]:
     return keys
 
 
-def _seen(found: Trace, tensors: Sequence[int]) -> Trace:
-    """The same trace with other outputs."""
-    makers = [found.producer(tensor) for tensor in tensors]
-    names = tuple(maker.name for maker in makers if maker is not None)
-    structure = [Ref(place) for place in range(len(tensors))]
-    return replace(found, outputs=tuple(tensors), output_structure=structure, output_names=names)
-
-
 class _Layers:
     """A Keras model whose tensors can be asked for by key. A copy: the model itself is not touched."""
 
@@ -240,7 +232,7 @@ class _Layers:
         numeric = {key: tensor for key, tensor in keyed(found).items() if _is_numeric(found.tensors[tensor].dtype)}
         self.place = {key: place for place, key in enumerate(numeric)}
         self.inputs = [spec.name for spec in found.signature.inputs]
-        self.model = replay(_seen(found, list(numeric.values())), dtype=dtype)
+        self.model = replay(showing(found, list(numeric.values())), dtype=dtype)
 
     def part(self, keys: Sequence[Key]) -> Evaluate:
         """A function from arrays by input name to the tensors of ``keys``."""

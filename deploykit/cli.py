@@ -340,6 +340,53 @@ def inspect(
 
 
 @app.command()
+def audit(
+    model: Model,
+    base: Annotated[
+        Path | None,
+        typer.Option("--base", help="The model it was made from: what changed, layer by layer.", show_default=False),
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Fail where a warning or an error is found.")] = False,
+    custom_objects: Custom = None,
+    weights: Weights = None,
+    allow_code: AllowCode = False,
+    force: Force = False,
+    json: Json = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Show what is trainable, what changed against a base, how it was trained, and the usual mistakes."""
+    with _terminal(json, quiet, verbose, force, [model, weights, base]) as terminal:
+        terminal.progress("loading")
+        from deploykit.deploy import Clock
+        from deploykit.report.wording import count
+        from deploykit.transfer.audit import audit as run
+
+        clock = Clock()
+        loaded = _load(model, custom_objects, weights, allow_code, allow_nonfinite=True)
+        origin = None if base is None else _load(base, custom_objects, None, allow_code, allow_nonfinite=True)
+        clock.lap("load")
+        found = run(loaded, origin)
+        clock.lap("audit")
+        failed = None
+        if strict and found.serious:
+            codes = ", ".join(dict.fromkeys(finding.code for finding in found.serious))
+            failed = f"{count(len(found.serious), 'finding')} of severity warning or above ({codes}); see the report"
+        report = _report(
+            "audit",
+            clock,
+            found.body,
+            model=str(model),
+            proven=failed is None,
+            reason=failed,
+            notices=(*loaded.notices, *(() if origin is None else origin.notices), *found.notices),
+        )
+        if failed is not None:
+            _fail_after_report(terminal, report, failed)
+        _finish(terminal, report)
+
+
+@app.command()
 def fuse(
     model: Model,
     output: Out = None,
@@ -487,6 +534,72 @@ def migrate(
         except NotProvenError as error:
             _fail_after_report(terminal, report(error.found), str(error))
         _finish(terminal, report(found))
+
+
+@app.command()
+def recalibrate(
+    model: Model,
+    data: Annotated[
+        str, typer.Option("--data", help="What the statistics are measured on, training images say; as elsewhere.")
+    ],
+    output: Out = None,
+    method: Annotated[
+        Literal["sequential", "joint"],
+        typer.Option("--method", help="Layer after layer, exact and proven; or all at once, in one pass."),
+    ] = "sequential",
+    test: Annotated[
+        str | None,
+        typer.Option("--test", metavar="DATA", help="Labelled samples for the accuracy; default: those of --data."),
+    ] = None,
+    samples: Samples = None,
+    image_size: ImageSize = None,
+    scale: Scale = None,
+    custom_objects: Custom = None,
+    weights: Weights = None,
+    allow_code: AllowCode = False,
+    seed: Seed = 0,
+    force: Force = False,
+    json: Json = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Measure the statistics of every BatchNormalization anew over a data set, write MODEL.recalibrated.keras."""
+    read = [model, weights, data, test, *(custom_objects or ())]
+    target = output or model.with_suffix(".recalibrated.keras")
+    with _terminal(json, quiet, verbose, force, read, {"-o": target}) as terminal:
+        from deploykit.files import claim
+
+        if target.suffix != ".keras":
+            raise InputError(f"-o {target}: a recalibrated model is written as .keras; give a name that ends so")
+        claim(target, force=force, inputs=read)
+        terminal.progress("loading")
+        from deploykit.archive import write_keras
+        from deploykit.deploy import Clock, samples_for
+        from deploykit.transfer.recalibration import recalibrate as run
+
+        clock = Clock()
+        loaded = _load(model, custom_objects, weights, allow_code)
+        clock.lap("load")
+        inputs = samples_for(loaded.model, _data(data, samples, image_size, scale, seed))
+        judged = None if test is None else samples_for(loaded.model, _data(test, None, image_size, scale, seed))
+        with loaded.scope(), _reported(terminal, "recalibrate", model, clock):
+            found = run(loaded.model, inputs, method=method, test=judged, seed=seed, progress=terminal.progress)
+            clock.lap("recalibrate")
+            written = write_keras(found.model, target, force=force)
+        notices = [*loaded.notices, *found.notices]
+        if loaded.training_config_found:
+            notices.append("the new file holds no training configuration and no optimizer; compile it to train on")
+        report = _report(
+            "recalibrate",
+            clock,
+            found.to_json(),
+            model=str(model),
+            proven=found.proven,
+            reason=found.reason,
+            notices=notices,
+            outputs_written=[str(written)],
+        )
+        _finish(terminal, report)
 
 
 @app.command()

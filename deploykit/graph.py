@@ -71,7 +71,7 @@ class Node:
     kwargs: dict[str, Any]
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
-    training: bool = False  # called with training=True
+    training: bool | None = None  # the mode that this call, or one of a model around it, asks for; None: neither
 
     def __repr__(self) -> str:
         return f"{self.name}({type(self.layer).__name__}) {self.inputs} -> {self.outputs}"
@@ -241,14 +241,14 @@ class _Reader:
             taken.add(name)
         return self.names[id(layer)]
 
-    def read(self, model: Any, numbers: dict[int, int], training: bool, path: str) -> list[int]:
+    def read(self, model: Any, numbers: dict[int, int], training: bool | None, path: str) -> list[int]:
         """Append the calls of a functional model; ``numbers`` maps id(symbol) of its inputs to tensors."""
         self.kept_alive.append(model)
         for layer, keras_node, args, kwargs, outputs in _calls(model):
             if any(id(symbol) not in numbers for symbol in keras_node.input_tensors):
                 continue  # belongs to another model that shares layers with this one
-            mode = kwargs.get("training")
-            mode = training if mode is None else bool(mode)
+            asked = kwargs.get("training")
+            mode = training if training is not None or asked is None else bool(asked)  # as Keras: the outer call wins
             inner = _functional(layer)
             if inner is not None and not self.inlines(inner, args, kwargs, numbers):
                 self.whole.add(id(layer))
@@ -278,7 +278,7 @@ class _Reader:
         kwargs: dict[str, Any],
         symbols: list[Any],
         numbers: dict[int, int],
-        training: bool,
+        training: bool | None,
         path: str,
     ) -> list[int]:
         def place(value: Any) -> Any:
@@ -366,7 +366,7 @@ def trace(model: Any) -> Trace:
                 reader.names[id(layer)] = layer.name
                 reader.taken.add(layer.name)
         with deep_recursion(len(functional.operations)):
-            outputs = tuple(reader.read(functional, numbers, False, ""))
+            outputs = tuple(reader.read(functional, numbers, None, ""))
         whole = reader.whole
     position = {id(symbol): index for index, symbol in enumerate(functional.inputs)}
     counter = iter(range(len(outputs)))
@@ -386,6 +386,14 @@ def trace(model: Any) -> Trace:
         renamed=dict(reader.renamed),
     )
     return replace(found, signature=_signature(found))
+
+
+def showing(found: Trace, tensors: Sequence[int]) -> Trace:
+    """The same trace with other outputs: a list of tensors that layers make."""
+    makers = [found.producer(tensor) for tensor in tensors]
+    names = tuple(maker.name for maker in makers if maker is not None)
+    structure = [Ref(place) for place in range(len(tensors))]
+    return replace(found, outputs=tuple(tensors), output_structure=structure, output_names=names)
 
 
 def _signature(found: Trace) -> Signature:
@@ -885,6 +893,15 @@ def squashed_outputs(found: Trace) -> tuple[bool, ...]:
     return tuple(maker is not None and found.calls(maker) == 1 and _squashes(maker) is not None for maker in makers)
 
 
+def activation_of(found: Trace, tensor: int) -> str | None:
+    """The name of the activation that makes a tensor ("sigmoid"), in a layer or as one; else of what makes it."""
+    maker = found.producer(tensor)
+    if maker is None:
+        return None
+    inside = getattr(getattr(maker.layer, "activation", None), "__name__", None)
+    return inside or type(maker.layer).__name__.lower()
+
+
 def replay(
     found: Trace,
     *,
@@ -1053,7 +1070,7 @@ def run(model: Any, arrays: Mapping[str, npt.NDArray[Any]], *, batch: int = 32) 
             ]
             outputs = [numpy(output) for output in call(*flat)]
         except Exception as error:  # whatever TensorFlow or a layer raises
-            raise UnsupportedModelError(f"TensorFlow cannot run model {model.name} here: {_cause(error)}") from error
+            raise UnsupportedModelError(f"TensorFlow cannot run model {model.name} here: {cause(error)}") from error
         if any(output.ndim == 0 or len(output) != len(parts[0]) for output in outputs):
             raise UnsupportedModelError(
                 f"model {model.name} has an output without a batch axis; samples cannot be told"
@@ -1065,7 +1082,7 @@ def run(model: Any, arrays: Mapping[str, npt.NDArray[Any]], *, batch: int = 32) 
 _MARKS = ("<stack traces", "•", "Exception encountered", "Arguments received", "Detected at", "Graph execution error")
 
 
-def _cause(error: Exception) -> str:
+def cause(error: Exception) -> str:
     """The line of a Keras or TensorFlow message that says what is wrong."""
     lines = [line.strip() for line in str(error).splitlines()]
     said = next((line for line in lines if line and not line.startswith(_MARKS) and "\x1b" not in line), "")

@@ -28,6 +28,7 @@ only where the file carries its optimizer (`training_steps`), and counts since t
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import zipfile
@@ -266,7 +267,7 @@ class Row:
     judge_weights: Callable[[Weights], str | None] | None = None
 
 
-RECALIBRATE = "run training data through model(x, training=True), without an optimizer, until the statistics settle"
+RECALIBRATE = "run `deploykit recalibrate` with training data"
 
 ROWS: tuple[Row, ...] = (
     Row(
@@ -353,7 +354,7 @@ def _norms(nodes: Sequence[Node], steps: int | None) -> Iterator[Norm]:
         beta = _vector(part.beta) if part.center else np.zeros_like(mean)
         if not all(np.isfinite(values).all() for values in (mean, variance, gamma, beta)):
             continue
-        by_batch = [call.training and part.trainable for call in nodes]  # Keras ignores training=True once frozen
+        by_batch = [bool(call.training and part.trainable) for call in nodes]  # Keras ignores training=True once frozen
         yield Norm(
             layer=node.name if part is node.layer else f"{node.name}/{part.name}",
             gamma=gamma,
@@ -442,19 +443,42 @@ def _counters(weights: h5py.File) -> Iterator[int]:
             yield _count(group[name])
 
 
+@contextlib.contextmanager
+def _stored(path: Path) -> Iterator[h5py.File | None]:
+    """The HDF5 file of a model's weights; None where an archive's are larger than `MAX_ARCHIVED_BYTES`."""
+    source: Path | io.BytesIO = path
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if archive.getinfo("model.weights.h5").file_size > MAX_ARCHIVED_BYTES:
+                yield None
+                return
+            source = io.BytesIO(archive.read("model.weights.h5"))
+    with open_checked(source, str(path)) as weights:
+        yield weights
+
+
 def training_steps(path: Path) -> int | None:
     """How many steps the optimizer in a model file has counted; None where the file does not say.
 
     Reads whole-model HDF5 files and ``.keras`` archives whose weights are no larger than `MAX_ARCHIVED_BYTES`.
     """
     try:
-        source: Path | io.BytesIO = path
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if archive.getinfo("model.weights.h5").file_size > MAX_ARCHIVED_BYTES:
-                    return None
-                source = io.BytesIO(archive.read("model.weights.h5"))
-        with open_checked(source, str(path)) as weights:
-            return max(_counters(weights)) or None
+        with _stored(path) as weights:
+            return None if weights is None else max(_counters(weights)) or None
     except Exception:  # zipfile, zlib and h5py have no common base, and an unknown count only makes health quieter
         return None
+
+
+def optimizer_arrays(path: Path) -> int | None:
+    """How many arrays of optimizer state a model file holds, None where it does not say; reads as `training_steps`."""
+    found: list[str] = []
+    try:
+        with _stored(path) as weights:
+            if weights is None:
+                return None
+            for place in ("optimizer", "optimizer_weights"):
+                if isinstance(group := weights.get(place), h5py.Group):
+                    group.visititems(lambda name, item: found.append(name) if isinstance(item, h5py.Dataset) else None)
+    except Exception:  # as above
+        return None
+    return len(found)

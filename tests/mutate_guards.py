@@ -1310,8 +1310,8 @@ BUILDING = (
     row(
         "a nested model in training mode",
         "graph.py",
-        "mode = training if mode is None else bool(mode)",
-        "mode = bool(mode)",
+        "mode = training if training is not None or asked is None else bool(asked)",
+        "mode = None if asked is None else bool(asked)",
         MORE + "test_a_nested_model_hands_its_training_mode_down",
     ),
     row(

@@ -865,6 +865,17 @@ def test_a_nested_model_hands_its_training_mode_down():
     assert decisions(model)["n"].code == "training_mode"
 
 
+@pytest.mark.parametrize(("inner", "outer", "mode"), [(True, False, False), (False, True, True), (True, None, True)])
+def test_of_two_modes_the_outer_call_wins_as_it_does_in_keras(inner, outer, mode):
+    norm, start, x = bn("n"), keras.Input((4,)), keras.Input((4,))
+    body = keras.Model(start, norm(start, training=inner))
+    model = keras.Model(x, body(x, training=outer))
+    values = np.random.default_rng(0).normal(3, 2, (8, 4)).astype("float32")
+    by_batch = not np.allclose(model(values)[:1], model(values[:1]), atol=1e-3)
+    assert by_batch is mode
+    assert [node.training for node in graph.trace(model).nodes] == [mode]
+
+
 def test_a_model_cut_out_of_another_has_its_own_calls_only():
     x = keras.Input((4,), name="x")
     middle = L.Dense(4, name="before")(x)

@@ -63,7 +63,7 @@ class Loaded:
     ``opaque``: why its layers are unknown, where a TensorFlow graph is all there is (`deploykit.opaque`).
     ``custom_objects`` are the user's objects by name: later steps that rebuild layers from their config do
     so within ``loaded.scope()``. ``options`` are the arguments of `load` that another process needs to load
-    a copy of the model.
+    a copy of the model. ``training_config`` says how the model was compiled, as data: nothing was made of it.
     """
 
     model: keras.Model
@@ -79,6 +79,8 @@ class Loaded:
     custom_objects: Mapping[str, Any]
     options: Mapping[str, Any]
     opaque: str | None = None
+    training_config: Mapping[str, Any] | None = None
+    saved_on: str | None = None
 
     def scope(self) -> contextlib.AbstractContextManager[Any]:
         """Within it, layers can be rebuilt from their config, with the user's own objects and the trust given."""
@@ -133,6 +135,8 @@ def load(
         custom_objects=objects,
         options={"custom_objects": tuple(custom_objects), "allow_code": allow_code},
         opaque=contents.opaque,
+        training_config=contents.training_config,
+        saved_on=contents.saved_on,
     )
 
 

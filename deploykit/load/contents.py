@@ -35,7 +35,8 @@ class Contents:
     """``config`` is the model's own description (never None); ``backend`` and ``saved_by`` as recorded.
 
     ``assumed``: the generation of files of this format that record no version. ``opaque``: why there is no
-    description, in a SavedModel whose graph is all that is known of the model.
+    description, in a SavedModel whose graph is all that is known of the model. ``training_config``: how the model was
+    compiled, as the file has it, None where it has nothing readable; ``saved_on``: the date it records.
     """
 
     config: dict[str, Any]
@@ -45,6 +46,8 @@ class Contents:
     notices: tuple[str, ...] = ()
     assumed: int = 1
     opaque: str | None = None
+    training_config: dict[str, Any] | None = None
+    saved_on: str | None = None
 
     @property
     def generation(self) -> int:
@@ -61,10 +64,28 @@ class Contents:
 def parse_config(text: bytes, what: str) -> dict[str, Any]:
     """Parse a model's JSON description in bounded time, memory and depth.
 
+    Raises LoadError when it is too long, too deep, no JSON, or describes no model.
+    """
+    config = _parsed(text, what)
+    if not isinstance(config, dict) or not isinstance(config.get("class_name"), str):
+        raise LoadError(f"{what} describes no model; pass a file written by model.save()")
+    return config
+
+
+def parse_training(text: str | None) -> dict[str, Any] | None:
+    """Parse the JSON that says how a model was compiled; None where it cannot be read, which no model depends on."""
+    try:
+        config = _parsed((text or "").encode("utf-8", "surrogateescape"), "the training configuration")
+    except LoadError:
+        return None
+    return config if isinstance(config, dict) else None
+
+
+def _parsed(text: bytes, what: str) -> Any:
+    """Any JSON value. Raises LoadError when it is too long, too deep or no JSON.
+
     The depth is counted on the brackets outside strings before anything is parsed: a parser recurses
     once per level, and how deep it may go depends on a limit that other code can change.
-
-    Raises LoadError when it is too long, too deep, no JSON, or no JSON object.
     """
     if len(text) > MAX_CONFIG_BYTES:
         raise LoadError(f"{what} is {len(text) >> 20} MiB long, the limit is {MAX_CONFIG_BYTES >> 20}; refusing it")
@@ -74,12 +95,14 @@ def parse_config(text: bytes, what: str) -> dict[str, Any]:
     if depth > MAX_CONFIG_DEPTH:
         raise LoadError(f"{what} is nested {depth} levels deep, the limit is {MAX_CONFIG_DEPTH}; refusing it")
     try:
-        config = json.loads(text.decode("utf-8"))
+        return json.loads(text.decode("utf-8"))
     except ValueError as error:
         raise LoadError(f"{what} is no valid JSON ({error}); the file is damaged, save the model again") from error
-    if not isinstance(config, dict) or not isinstance(config.get("class_name"), str):
-        raise LoadError(f"{what} describes no model; pass a file written by model.save()")
-    return config
+
+
+def mapping_of(value: object) -> dict[str, Any] | None:
+    """A JSON object that holds something, else None."""
+    return value if isinstance(value, dict) and value else None
 
 
 def text_of(value: object) -> str | None:

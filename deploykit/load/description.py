@@ -15,7 +15,7 @@ import keras
 
 from deploykit.errors import LoadError, UnsupportedModelError
 from deploykit.load import hdf5
-from deploykit.load.contents import MAX_CONFIG_BYTES, Contents, parse_config, printable, text_of
+from deploykit.load.contents import MAX_CONFIG_BYTES, Contents, mapping_of, parse_config, printable, text_of
 
 START_BYTES = 4096
 
@@ -49,6 +49,7 @@ def peek(path: Path) -> Contents:
         backend=printable(text_of(config.get("backend"))),
         training_config_found=bool(config.get("compile_config")),
         assumed=3 if "module" in config else hdf5.assumed(text.decode("utf-8")),
+        training_config=mapping_of(config.get("compile_config")),
     )
 
 

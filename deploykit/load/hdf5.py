@@ -22,7 +22,7 @@ import h5py
 import keras
 
 from deploykit.errors import LoadError, UnsafeModelError
-from deploykit.load.contents import Contents, named, parse_config, printable, text_of
+from deploykit.load.contents import Contents, named, parse_config, parse_training, printable, text_of
 from deploykit.load.legacy import fill_hdf5, keras1, layer_order, stored_names
 
 MAGIC = b"\x89HDF\r\n\x1a\n"
@@ -155,6 +155,7 @@ def peek(path: Path) -> Contents:
             backend=printable(text_of(attributes.get("backend"))),
             training_config_found="training_config" in attributes,
             assumed=assumed(text),
+            training_config=parse_training(text_of(attributes.get("training_config"))),
         )
         return contents if contents.generation > 1 else modernised(contents, backend_of(file, str(path)), str(path))
 

@@ -26,7 +26,7 @@ import keras
 
 from deploykit.errors import LoadError, UnsafeModelError
 from deploykit.load import hdf5
-from deploykit.load.contents import MAX_CONFIG_BYTES, Contents, named, parse_config, printable, text_of
+from deploykit.load.contents import MAX_CONFIG_BYTES, Contents, mapping_of, named, parse_config, printable, text_of
 from deploykit.load.legacy import fill_archive
 
 MAGIC, EMPTY = b"PK\x03\x04", b"PK\x05\x06"
@@ -154,12 +154,20 @@ def peek(path: Path) -> Contents:
             inside = ", ".join(sorted(names)[:4]) or "nothing"
             raise LoadError(f"{path} is a zip without a Keras model (it holds {inside}); pass a model file")
         config = parse_config(_member(archive, CONFIG, path), f"{CONFIG} of {path}")
-        notices, saved_by = [], None
-        if METADATA in names:
-            saved_by = _version(_member(archive, METADATA, path))
+        metadata = _metadata(_member(archive, METADATA, path)) if METADATA in names else {}
+        saved_by, notices = printable(text_of(metadata.get("keras_version"))), []
         if saved_by is None:
             notices.append(f"{path.name} does not say which Keras saved it")
-        contents = Contents(config, saved_by, None, bool(config.get("compile_config")), tuple(notices), assumed=3)
+        contents = Contents(
+            config=config,
+            saved_by=saved_by,
+            backend=None,
+            training_config_found=bool(config.get("compile_config")),
+            notices=tuple(notices),
+            assumed=3,
+            training_config=mapping_of(config.get("compile_config")),
+            saved_on=printable(text_of(metadata.get("date_saved"))),
+        )
         weights = [name for name in WEIGHTS if name in names]
         if not weights:
             raise LoadError(f"{path} describes a model but holds no weights; save it again with model.save()")
@@ -169,12 +177,12 @@ def peek(path: Path) -> Contents:
     return contents
 
 
-def _version(text: bytes) -> str | None:
+def _metadata(text: bytes) -> dict[str, Any]:
     try:
         metadata = json.loads(text[:65536])
     except (ValueError, RecursionError):
-        return None
-    return printable(text_of(metadata.get("keras_version"))) if isinstance(metadata, dict) else None
+        return {}
+    return metadata if isinstance(metadata, dict) else {}
 
 
 def fill(path: Path, model: keras.Model, contents: Contents) -> list[str]:

@@ -52,7 +52,7 @@ from deploykit.load.checkpoint import (
     refuse_tree,
     varint,
 )
-from deploykit.load.contents import Contents, parse_config, printable, text_of
+from deploykit.load.contents import Contents, mapping_of, parse_config, printable, text_of
 from deploykit.load.legacy import modern_name, plain, steepen
 from deploykit.load.legacy.config import LEARNT
 from deploykit.opaque import Graph
@@ -142,6 +142,7 @@ def peek(path: Path) -> Contents:
         training_config_found=document.get("training_config") is not None,
         notices=tuple(notices),
         assumed=2,
+        training_config=mapping_of(plain(document.get("training_config"))),
     )
 
 

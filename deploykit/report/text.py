@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from deploykit.report import evidence, profile_text
+from deploykit.report import audit_text, evidence, profile_text
 from deploykit.report.ci_text import ci
 from deploykit.report.markdown import against, fused_in_short, setting
 from deploykit.report.wording import count, fastest, milliseconds, origin, ratio, size, small, snr
@@ -418,9 +418,61 @@ def swap_head(report: Json, console: Console) -> None:
     told_body = "bit for bit that of the base" if not changed else f"{count(len(changed), 'layer')} fine-tuned"
     rows.append(("body", escape(f"{told_body}; {report['body']['layers']} layers of {report['body']['model']}")))
     rows.append(("written", escape(f"{', '.join(report['outputs_written'])}  ({size(report['size_bytes'])})")))
+
+
+# ------------------------------------------------------------------------------------------- recalibrate
+
+
+def _shifts(layers: list[Json]) -> RenderableType:
+    table = _table("layer", "channels", "shift", "worst", "variance", "worst", "shift after", right=range(1, 7))
+    for row in layers if len(layers) <= ROWS else layers[: ROWS - 1]:
+        sigmas = [small(row["shift_sigma"]), small(row["worst_shift_sigma"])]
+        ratios = [f"x {small(row[key])}" for key in ("variance_ratio", "worst_variance_ratio")]
+        after = small(row["after"]["worst_shift_sigma"])
+        table.add_row(escape(row["layer"]), f"{row['channels']:,}", *sigmas, *ratios, after)
+    if len(layers) > ROWS:
+        table.add_row(f"... {len(layers) - ROWS + 1} more in --json", *[""] * 6)
+    return table
+
+
+def _loss(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def recalibrate(report: Json, console: Console) -> None:
+    """Accuracy first, then how far each layer was off, in units of its own sigma."""
+    accuracy = report["accuracy"]
+    rows: list[tuple[str, RenderableType]] = []
+    if accuracy["after"] is None:
+        rows.append(("accuracy", escape(f"not measured: {accuracy['reason']}")))
+    else:
+        losses = " -> ".join(_loss(accuracy[f"loss_{when}"]) for when in ("before", "after"))
+        rows.append(
+            ("accuracy", f"{100 * accuracy['before']:.2f} % -> {100 * accuracy['after']:.2f} %  (loss {losses})")
+        )
+        rows.append(("", escape(f"on {count(accuracy['samples'], 'sample')}: {accuracy['data']}")))
+    rows.append(("measured", escape(f"{report['method']}, {count(report['samples'], 'sample')}: {report['data']}")))
+    passes = "one pass" if report["passes"] == 1 else f"{report['passes']} passes"
+    rows.append(("", f"in {passes}, {count(report['batch'], 'sample')} at a time"))
+    rows.append(("layers", _shifts(report["layers"])))
+    if report["proven"]:
+        rows.append(("proven", "measured once more, the new model's statistics are those of what enters its layers"))
+    else:
+        rows.append(("NOT PROVEN", Text(report["reason"], style="yellow")))
+    rows.append(("written", escape(", ".join(report["outputs_written"]))))
     rows += _notices(report)
     rows.append(("seconds", f"{report['seconds']['total']:.1f}  ({_seconds(report)})"))
     console.print(Group(_head(report), _grid(rows)))
+
+
+# ------------------------------------------------------------------------------------------------ audit
+
+
+def audit(report: Json, console: Console) -> None:
+    heads = ("layer", "class", "trainable", "frozen", *(("against the base",) if report["base"] else ("",)))
+    table = _table(*heads, right=[2, 3])
+    audit_text.fill(table, report, 2 * ROWS)
+    console.print(Group(_head(report), _grid(audit_text.rows(report) + _notices(report)), table))
 
 
 RENDERERS: Mapping[str, Callable[[Json, Console], None]] = {
@@ -432,6 +484,8 @@ RENDERERS: Mapping[str, Callable[[Json, Console], None]] = {
     "deploykit.deploy/1": deploy,
     "deploykit.migrate/1": migrate,
     "deploykit.swap_head/1": swap_head,
+    "deploykit.recalibrate/1": recalibrate,
+    "deploykit.audit/1": audit,
     "deploykit.ci/1": ci,
 }
 
