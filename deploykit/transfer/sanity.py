@@ -35,7 +35,7 @@ HANDFUL, PER_CLASS = 20, 5
 STEPS = 300  # at most, to learn a handful
 OVERFIT_RATE = 1e-2  # of Adam, for the handful
 RATIOS = 1e-4, 1e-2
-RATIO_STEPS = 40  # before the ratio is taken: a kernel that starts at zero has none at first
+RATIO_STEPS = 100  # before the ratio is taken: a kernel that starts at zero has none at first
 
 
 @dataclass(frozen=True)
