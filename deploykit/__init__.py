@@ -33,6 +33,11 @@ if TYPE_CHECKING:
     from deploykit.fuse import fuse as fuse
     from deploykit.load import Loaded as Loaded
     from deploykit.load import load as load
+    from deploykit.transfer import Head as Head
+    from deploykit.transfer import Phase as Phase
+    from deploykit.transfer import Recipe as Recipe
+    from deploykit.transfer import swap_head as swap_head
+    from deploykit.transfer import train_head as train_head
 
 _HOME = {
     "DataOptions": "deploykit.deploy",
@@ -47,6 +52,11 @@ _HOME = {
     "export": "deploykit.export",
     "fuse": "deploykit.fuse",
     "load": "deploykit.load",
+    "Head": "deploykit.transfer",
+    "Phase": "deploykit.transfer",
+    "Recipe": "deploykit.transfer",
+    "swap_head": "deploykit.transfer",
+    "train_head": "deploykit.transfer",
 }
 
 __all__ = ["__version__", *sorted(_HOME)]

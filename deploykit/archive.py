@@ -17,22 +17,25 @@ import os
 import re
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from deploykit.errors import UnsupportedModelError
 from deploykit.files import whole_file
 
+ABOUT = "deploykit"  # key of metadata.json; Keras reads two others and leaves it alone
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time a zip can hold
 _DATE = "1980-01-01@00:00:00"
 _SHARED_ID = re.compile(r'("shared_object_id": )(\d+)')
 
 
-def _normal(name: str, data: bytes) -> bytes:
+def _normal(name: str, data: bytes, about: Mapping[str, Any] | None) -> bytes:
     if name == "metadata.json":
         record = json.loads(data)
         record["date_saved"] = _DATE
+        if about is not None:
+            record[ABOUT] = about
         return json.dumps(record).encode()
     if name == "config.json":
         numbers: dict[str, int] = {}
@@ -53,8 +56,12 @@ def _scratch(folder: str) -> Iterator[None]:
         tempfile.tempdir = before
 
 
-def write_keras(model: Any, path: str | os.PathLike[str], *, force: bool = False) -> Path:
+def write_keras(
+    model: Any, path: str | os.PathLike[str], *, force: bool = False, about: Mapping[str, Any] | None = None
+) -> Path:
     """Save ``model`` (weights and architecture; no optimizer) to ``path``; returns the path.
+
+    ``about``: plain JSON that the file carries beside the model, for whoever deploys it.
 
     Raises OutputError where the path cannot be written, UnsupportedModelError where Keras cannot save it.
     """
@@ -75,5 +82,5 @@ def write_keras(model: Any, path: str | os.PathLike[str], *, force: bool = False
             for name in sorted(source.namelist()):
                 entry = zipfile.ZipInfo(name, _EPOCH)
                 entry.external_attr = 0o644 << 16
-                archive.writestr(entry, _normal(name, source.read(name)))
+                archive.writestr(entry, _normal(name, source.read(name), about))
     return path

@@ -1031,6 +1031,192 @@ def deploy(
         _finish(terminal, report)
 
 
+def _unfreeze(text: str) -> int | None:
+    if text in ("all", "none"):
+        return None if text == "all" else 0
+    if text.isascii() and text.isdigit():
+        return int(text)
+    raise InputError(f"--unfreeze {text}: give a number of layers, all or none")
+
+
+def _pairs(given: Sequence[str] | None, flag: str) -> dict[str, Any]:
+    """NAME=VALUE, whose values are numbers, or true and false."""
+    found: dict[str, Any] = {}
+    for text in given or ():
+        name, _, value = text.partition("=")
+        try:
+            found[name] = {"true": True, "false": False}[value.lower()] if value.isalpha() else float(value)
+        except (KeyError, ValueError):
+            raise InputError(f"{flag} {text}: give NAME=NUMBER, NAME=true or NAME=false") from None
+    return found
+
+
+@app.command("swap-head")
+def swap_head(
+    base: Annotated[Path, typer.Argument(help="A trained Keras model: its body is kept.", show_default=False)],
+    data: Annotated[
+        str,
+        typer.Option("--data", help="Labelled: a folder per class, .npz with y, CSV of path,label, a Keras data set."),
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where to write the new model.", show_default=False)],
+    test: Annotated[
+        str | None, typer.Option("--test", help="Test set, read once at the end; 'same': that half of a data set.")
+    ] = None,
+    only: Annotated[str | None, typer.Option("--only", metavar="A,B,...", help="Only these classes.")] = None,
+    at: Annotated[str | None, typer.Option("--at", metavar="LAYER", help="The head reads this layer.")] = None,
+    drop: Annotated[int, typer.Option("--drop", min=0, help="Drop so many upper layers, too.")] = 0,
+    hidden: Annotated[str | None, typer.Option("--hidden", metavar="256,128", help="Hidden layers.")] = None,
+    dropout: Annotated[float, typer.Option("--dropout", help="In front of the Dense layers.")] = 0.0,
+    l1: Annotated[float, typer.Option("--l1", help="Penalty on the head's kernels.")] = 0.0,
+    l2: Annotated[float, typer.Option("--l2", help="Penalty on the head's kernels.")] = 0.0,
+    pooling: Annotated[
+        Literal["auto", "average", "max", "flatten"], typer.Option("--pooling", help="Of features with positions.")
+    ] = "auto",
+    task: Annotated[
+        Literal["auto", "classes", "sigmoid", "multi-label", "regression"],
+        typer.Option("--task", help="What is learned; auto goes by the labels."),
+    ] = "auto",
+    unfreeze: Annotated[
+        str, typer.Option("--unfreeze", metavar="N|all|none", help="Layers of the body that phase 2 trains.")
+    ] = "all",
+    train_norms: Annotated[
+        bool, typer.Option("--train-norms", help="BatchNormalization learns and updates its statistics, too.")
+    ] = False,
+    epochs: Annotated[str | None, typer.Option("--epochs", metavar="A[,B]", help="Of phase 1, of phase 2.")] = None,
+    learning_rate: Annotated[
+        str | None, typer.Option("--learning-rate", metavar="A[,B]", help="Of phase 1, of phase 2.")
+    ] = None,
+    batch: Annotated[str | None, typer.Option("--batch", metavar="A[,B]", help="Of phase 1, of phase 2.")] = None,
+    optimizer: Annotated[
+        str | None, typer.Option("--optimizer", metavar="NAME[>NAME]", help="Any of Keras'; adam>sgd ends with SGD.")
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--option", metavar="NAME=VALUE", help="Of the optimizer, as momentum=0.9.")
+    ] = None,
+    schedule: Annotated[
+        str | None, typer.Option("--schedule", metavar="NAME", help="constant, cosine, step, exponential, plateau.")
+    ] = None,
+    warmup: Annotated[float | None, typer.Option("--warmup", help="Share of the steps, 0..1.")] = None,
+    patience: Annotated[int | None, typer.Option("--patience", min=1, help="Epochs without progress.")] = None,
+    clipnorm: Annotated[float | None, typer.Option("--clipnorm", help="Largest norm of a gradient.")] = None,
+    clipvalue: Annotated[float | None, typer.Option("--clipvalue", help="Largest value in a gradient.")] = None,
+    rate: Annotated[
+        list[str] | None, typer.Option("--rate", metavar="LAYER=FACTOR", help="Of one layer's learning rate.")
+    ] = None,
+    validation: Annotated[float, typer.Option("--validation", help="Share of the data.")] = 0.2,
+    augment: Annotated[
+        str | None, typer.Option("--augment", metavar="flip,zoom,...", help="At random, in training only.")
+    ] = None,
+    views: Annotated[int, typer.Option("--views", min=0, help="Augmented copies that phase 1 sees.")] = 0,
+    class_weight: Annotated[
+        Literal["auto"] | None, typer.Option("--class-weight", help="Rare classes weigh more.")
+    ] = None,
+    sanity: Annotated[bool, typer.Option("--sanity/--no-sanity", help="Checks before a long run.")] = True,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out images that cannot be read.")] = False,
+    cache: Annotated[Path | None, typer.Option("--cache", help="Folder for features.", show_default=False)] = None,
+    samples: Samples = None,
+    image_size: ImageSize = None,
+    scale: Scale = None,
+    custom_objects: Custom = None,
+    weights: Weights = None,
+    allow_code: AllowCode = False,
+    seed: Seed = 0,
+    force: Force = False,
+    json: Json = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Give a trained body a new head and train it for another task."""
+    read = [base, weights, data, test, *(custom_objects or ())]
+    with _terminal(json, quiet, verbose, force, read, {"-o": output}) as terminal:
+        from deploykit.files import claim
+
+        claim(output, force=force, inputs=read)
+        where = _data(data, samples, image_size, scale, seed)
+        depth, layers = _unfreeze(unfreeze), _numbers(hidden, "--hidden") if hidden else ()
+        options, multipliers = _pairs(option, "--option"), _pairs(rate, "--rate")
+        terminal.progress("loading")
+        from dataclasses import replace
+
+        from deploykit import graph
+        from deploykit.data.labelled import open_labelled
+        from deploykit.deploy import Clock
+        from deploykit.transfer import Recipe, head_for
+        from deploykit.transfer.augmentation import augmentation
+        from deploykit.transfer.job import Job, swap_and_train
+
+        clock = Clock()
+        recipe = Recipe(
+            unfreeze=depth,
+            train_norms=train_norms,
+            validation=validation,
+            augment=tuple(augment.split(",")) if augment else (),
+            views=views,
+            class_weight=class_weight,
+            sanity=sanity,
+            seed=seed,
+        )
+        said = {
+            "optimizer": optimizer,
+            "schedule": schedule,
+            "warmup": warmup,
+            "patience": patience,
+            "clipnorm": clipnorm,
+            "clipvalue": clipvalue,
+            "options": options or None,
+            "multipliers": multipliers or None,
+        }
+        settings: dict[str, Any] = {name: value for name, value in said.items() if value is not None}
+        phases = []
+        for number, phase in enumerate((recipe.head, recipe.tune)):
+            assert phase is not None
+            for text, name in ((epochs, "epochs"), (learning_rate, "learning_rate"), (batch, "batch")):
+                phase = phase if text is None else phase.with_(text, number, name)
+            phases.append(replace(phase, **settings))
+        recipe = replace(recipe, head=phases[0], tune=phases[1])
+
+        loaded = _load(base, custom_objects, weights, allow_code)
+        clock.lap("load")
+        signature = graph.signature(loaded.model)
+        wanted = "classes" if task == "sigmoid" else task
+        common: dict[str, Any] = {"image_size": where.image_size, "scale": scale, "skip_bad": skip_bad, "seed": seed}
+        kept = only.split(",") if only else ()
+        given = open_labelled(data, signature, task=wanted, only=kept, limit=samples, **common)
+        tested = None
+        if test is not None:
+            tested = open_labelled(
+                data if test == "same" else test,
+                signature,
+                task=given.task,
+                only=kept,
+                half="test",
+                classes=() if kept else given.classes,
+                **common,
+            )
+        job = Job(
+            head=head_for(
+                given,
+                **({"task": "sigmoid"} if task == "sigmoid" else {}),
+                hidden=layers,
+                dropout=dropout,
+                l1=l1,
+                l2=l2,
+                pooling=pooling,
+            ),
+            recipe=recipe,
+            data=given,
+            test=tested,
+            at=at,
+            drop=drop,
+            augmentation=augmentation(recipe.augment, signature, seed),
+            folder=cache,
+        )
+        clock.lap("data")
+        with loaded.scope():
+            report = swap_and_train(loaded, output, job, force=force, seconds=clock.total(), progress=terminal.progress)
+        _finish(terminal, report)
+
+
 @app.command()
 def ci(
     config: Annotated[Path, typer.Option("--config", help="The file that holds \\[tool.deploykit].")] = Path(

@@ -581,6 +581,11 @@ def _fill(
     (folder / "report.json").write_text(dumps(record), encoding="utf-8")
     (folder / "report.html").write_text(page(record), encoding="utf-8")
     (folder / "README.md").write_text(model_card(record), encoding="utf-8")
+    about = loaded.about or {}
+    known = about.get("classes")
+    if not class_names and isinstance(known, list) and all(isinstance(name, str) for name in known):
+        class_names = known
+    judged = made.check["comparisons"][-1]
     kinds = {decision["kind"] for decision in record["fuse"]["decisions"]}
     inside = kinds & {"Rescaling", "Normalization"}
     manifest = {
@@ -593,6 +598,14 @@ def _fill(
         "layout": LAYOUT_SAID[exported.layout],
         "image_axes": exported.layout.upper(),
         "class_names": list(class_names) if class_names else None,
+        "training": {key: about[key] for key in ("task", "recipe", "accuracy") if key in about} or None,
+        "accuracy": None
+        if judged["accuracy"] is None
+        else {
+            "data": made.check["data"],
+            "keras": made.check["reference_accuracy"],
+            "onnx": judged["accuracy"],
+        },
         "policy": made.check["policy"],
         "golden": golden,
         "decisions": record["fuse"]["decisions"],

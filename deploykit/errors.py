@@ -7,6 +7,7 @@
     │   │   └── CustomObjectError      ... because it names classes that were not given
     │   ├── UnsupportedModelError      a model that loads, but must not or cannot be handled
     │   ├── DataError                  samples that do not fit the model
+    │   ├── TrainingError              training that cannot go on
     │   ├── OutputError                a place that cannot be written
     │   └── MissingComponentError      an extra that is not installed
     └── ProofError                 exit 1: a proof, a check or a gate failed
@@ -54,6 +55,14 @@ class UnsupportedModelError(InputError):
 
 class DataError(InputError):
     """Samples that cannot be read or do not fit the model's inputs."""
+
+
+class TrainingError(InputError):
+    """Training cannot go on: the loss is no longer finite. ``usable``: the weights from before are worth keeping."""
+
+    def __init__(self, message: str, usable: bool = False) -> None:
+        super().__init__(message)
+        self.usable = usable
 
 
 class OutputError(InputError):

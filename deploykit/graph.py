@@ -321,6 +321,31 @@ def _ordered(
     return ordered, tuple(replace(tensor, producer=maker) for tensor, maker in zip(tensors, made, strict=True))
 
 
+def cut(found: Trace, tensor: int) -> Trace:
+    """The part of a model that makes one tensor, which is then its only output; inputs that it does not need go."""
+    nodes, tensors = _ordered(found.nodes, found.tensors, [tensor])
+    needed = {index for node in nodes for index in node.inputs} | {tensor}
+    kept = [number for number, index in enumerate(found.inputs) if index in needed]
+    structure = found.input_structure
+    if len(kept) < len(found.inputs):
+        structure = Ref(0) if len(kept) == 1 else [Ref(number) for number in range(len(kept))]
+    layers = tuple(found.input_layers[number] for number in kept)
+    maker = tensors[tensor].producer
+    name = layers[0].name if maker is None else nodes[maker].name
+    part = replace(
+        found,
+        nodes=nodes,
+        tensors=tensors,
+        inputs=tuple(found.inputs[number] for number in kept),
+        outputs=(tensor,),
+        input_structure=structure,
+        output_structure=Ref(0),
+        input_layers=layers,
+        output_names=(name,),
+    )
+    return replace(part, signature=_signature(part))
+
+
 def trace(model: Any) -> Trace:
     """Read a Keras model. The model is not changed.
 
@@ -381,7 +406,7 @@ def _signature(found: Trace) -> Signature:
     if isinstance(found.output_structure, dict):
         paths = tree.flatten_with_path(found.output_structure)
         wanted = [".".join(str(key) for key in path) for path, _ in paths]
-    names = _distinct(wanted, [spec.name for spec in inputs])
+    names = distinct(wanted, [spec.name for spec in inputs])
     outputs = tuple(
         TensorSpec(name, found.tensors[index].shape, found.tensors[index].dtype)
         for name, index in zip(names, found.outputs, strict=True)
@@ -389,7 +414,7 @@ def _signature(found: Trace) -> Signature:
     return Signature(tuple(inputs), outputs)
 
 
-def _distinct(wanted: Sequence[str], taken: Sequence[str]) -> list[str]:
+def distinct(wanted: Sequence[str], taken: Sequence[str]) -> list[str]:
     """Names in order; one that repeats, or is taken, gets the first free ``_1``, ``_2``, ... behind it."""
     given: list[str] = []
     for name in wanted:
@@ -934,7 +959,7 @@ def replay(
             pad = pads.get(node.name)
             whole = tensors[node.inputs[0]] if node.inputs else None
             if pad is not None:
-                name = node.name if pad.alone else _distinct([f"{node.name}.pad"], taken)[0]
+                name = node.name if pad.alone else distinct([f"{node.name}.pad"], taken)[0]
                 padded = _padded(whole, pad, name)
                 if pad.alone:
                     tensors[node.outputs[0]] = padded
@@ -1007,7 +1032,7 @@ def _named(found: Trace, outputs: Sequence[Any], dropped: Collection[str]) -> li
     results = []
     for output, name in zip(outputs, found.output_names, strict=True):
         if output._keras_history.operation.name != name:
-            free = _distinct([name], sorted(taken))[0]
+            free = distinct([name], sorted(taken))[0]
             taken.add(free)
             output = L.Identity(name=free, dtype=output.dtype if _is_float(output.dtype) else None)(output)
         results.append(output)

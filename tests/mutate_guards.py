@@ -1000,7 +1000,7 @@ READING = (
     row(
         "a name for the pad that is made",
         "graph.py",
-        '_distinct([f"{node.name}.pad"], taken)[0]',
+        'distinct([f"{node.name}.pad"], taken)[0]',
         'f"{node.name}.pad"',
         WAYS + "test_the_pad_that_is_made_takes_a_free_name",
     ),

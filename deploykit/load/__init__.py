@@ -63,7 +63,8 @@ class Loaded:
     ``opaque``: why its layers are unknown, where a TensorFlow graph is all there is (`deploykit.opaque`).
     ``custom_objects`` are the user's objects by name: later steps that rebuild layers from their config do
     so within ``loaded.scope()``. ``options`` are the arguments of `load` that another process needs to load
-    a copy of the model. ``training_config`` says how the model was compiled, as data: nothing was made of it.
+    a copy of the model. ``training_config`` says how the model was compiled, as data: nothing was made of it;
+    ``about``, what `deploykit swap-head` wrote beside the model: classes, task, recipe, accuracy.
     """
 
     model: keras.Model
@@ -81,6 +82,7 @@ class Loaded:
     opaque: str | None = None
     training_config: Mapping[str, Any] | None = None
     saved_on: str | None = None
+    about: Mapping[str, Any] | None = None
 
     def scope(self) -> contextlib.AbstractContextManager[Any]:
         """Within it, layers can be rebuilt from their config, with the user's own objects and the trust given."""
@@ -136,6 +138,7 @@ def load(
         options={"custom_objects": tuple(custom_objects), "allow_code": allow_code},
         opaque=contents.opaque,
         training_config=contents.training_config,
+        about=contents.about,
         saved_on=contents.saved_on,
     )
 

@@ -24,6 +24,7 @@ from typing import Any, BinaryIO, cast
 import h5py
 import keras
 
+from deploykit.archive import ABOUT
 from deploykit.errors import LoadError, UnsafeModelError
 from deploykit.load import hdf5
 from deploykit.load.contents import MAX_CONFIG_BYTES, Contents, mapping_of, named, parse_config, printable, text_of
@@ -167,6 +168,7 @@ def peek(path: Path) -> Contents:
             assumed=3,
             training_config=mapping_of(config.get("compile_config")),
             saved_on=printable(text_of(metadata.get("date_saved"))),
+            about=mapping_of(metadata.get(ABOUT)),
         )
         weights = [name for name in WEIGHTS if name in names]
         if not weights:

@@ -388,6 +388,38 @@ def migrate(report: Json, console: Console) -> None:
     console.print(Group(head, _grid(rows + _notices(report))))
 
 
+# -------------------------------------------------------------------------------------------- swap-head
+
+
+def swap_head(report: Json, console: Console) -> None:
+    """What the new model answers and how well; what was trained; what of the body is still the base's."""
+    told = [f"{c['name']} {'' if c['samples'] is None else c['samples']}".strip() for c in report["classes"]]
+    rows: list[tuple[str, RenderableType]] = []
+    table = _table("data", "samples", "accuracy", "loss", right=[1, 2, 3])
+    for name, loss in report["loss"].items():
+        share = report["accuracy"][name]
+        table.add_row(name, f"{report['samples'][name]:,}", "-" if share is None else f"{share:.2%}", f"{loss:.4g}")
+    rows.append(("result", table))
+    rows.append(("classes", escape(", ".join(told) or f"{report['task']}, {count(len(report['head']), 'layer')}")))
+    rows.append(
+        ("head", escape(f"{', '.join(report['head'])} on {report['feature_point']}: {report['features']} features"))
+    )
+    phases = _table("phase", "trained", "parameters", "epochs", "best", "ended by", "seconds", right=[2, 3, 4, 6])
+    for phase in report["phases"]:
+        best = "as before" if phase["best_epoch"] is None else str(phase["best_epoch"] + 1)
+        cells = (phase["phase"], count(len(phase["layers"]), "layer"), f"{phase['parameters']:,}", str(phase["epochs"]))
+        phases.add_row(*cells, best, phase["stopped"], f"{phase['seconds']:.1f}")
+    rows.append(("training", phases))
+    for index, check in enumerate(report["sanity"]):
+        word = _verdict(check["passed"], "as expected", "look again")
+        line = Text.assemble(f"{check['check']} {check['value']:.3g}, expected {check['expected']}: ", word)
+        rows.append(("sanity" if index == 0 else "", line))
+    changed = report["body_changed"]
+    told_body = "bit for bit that of the base" if not changed else f"{count(len(changed), 'layer')} fine-tuned"
+    rows.append(("body", escape(f"{told_body}; {report['body']['layers']} layers of {report['body']['model']}")))
+    rows.append(("written", escape(f"{', '.join(report['outputs_written'])}  ({size(report['size_bytes'])})")))
+
+
 # ------------------------------------------------------------------------------------------- recalibrate
 
 
@@ -451,6 +483,7 @@ RENDERERS: Mapping[str, Callable[[Json, Console], None]] = {
     "deploykit.bench/1": bench,
     "deploykit.deploy/1": deploy,
     "deploykit.migrate/1": migrate,
+    "deploykit.swap_head/1": swap_head,
     "deploykit.recalibrate/1": recalibrate,
     "deploykit.audit/1": audit,
     "deploykit.ci/1": ci,
