@@ -36,8 +36,8 @@ class Contents:
 
     ``assumed``: the generation of files of this format that record no version. ``opaque``: why there is no
     description, in a SavedModel whose graph is all that is known of the model. ``training_config``: how the model was
-    compiled, as the file has it, None where it has nothing readable; ``saved_on``: the date it records. ``about``: what `deploykit.archive.write_keras` put
-    beside the model, unchecked.
+    compiled, as the file has it, None where it has nothing readable; ``saved_on``: the date it records. ``about``: what
+    `deploykit.archive.write_keras` put beside the model, unchecked.
     """
 
     config: dict[str, Any]
