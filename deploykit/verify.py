@@ -2424,7 +2424,7 @@ def _table(report: Mapping[str, Any]) -> Iterator[str]:
     yield verdict + (f": {report['reason']}" if report["reason"] else "")
 
 
-def _claim(path: str, bundle: Bundle, force: bool, given: str | None) -> None:
+def _claim(path: str, bundle: Bundle, force: bool, given: str | None = None) -> None:
     """Refuse, before any work, a target that exists, belongs to the bundle or is the data that are given."""
     target = os.path.realpath(path)
     own = [_inside(bundle.folder, name) for name in bundle.manifest["files"]]

@@ -270,7 +270,8 @@ def test_a_fixed_batch_is_the_only_one(gpu):
 
 def test_bundles_that_do_not_belong_together_are_refused(bundle, main, tmp_path):
     half = changed(write_bundle(tmp_path / "half"), lambda manifest: manifest.update(policy="float16"))
-    other = changed(write_bundle(tmp_path / "other"), lambda manifest: manifest.update(source={"sha256": "0" * 64}))
+    stranger = {"name": "other.keras", "sha256": "0" * 64, "saved_by": None}
+    other = changed(write_bundle(tmp_path / "other"), lambda manifest: manifest.update(source=stranger))
     for pair, said in (((half, bundle), "give the float32 one first"), ((bundle, other), "another model")):
         code, out, err = main(*pair, "--provider", "cpu", "--rounds", "0")
         assert (code, out, err.count("\n")) == (2, "", 1)

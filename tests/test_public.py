@@ -11,15 +11,20 @@ def test_public_names_are_these():
         "DataOptions",
         "DeploykitError",
         "Fused",
+        "Head",
         "InputError",
         "Loaded",
+        "Phase",
         "ProofError",
+        "Recipe",
         "bench",
         "check",
         "deploy",
         "export",
         "fuse",
         "load",
+        "swap_head",
+        "train_head",
     ]
     assert all(getattr(deploykit, name) is not None for name in deploykit.__all__)
 

@@ -145,9 +145,8 @@ def test_the_page_is_self_contained_and_escapes_what_came_from_a_file():
 
 
 def test_every_verb_has_a_renderer():
-    assert set(RENDERERS) == {
-        f"deploykit.{verb}/1" for verb in ("inspect", "fuse", "export", "check", "bench", "deploy", "migrate", "ci")
-    }
+    verbs = ("inspect", "fuse", "export", "check", "bench", "deploy", "migrate", "swap_head", "recalibrate", "audit")
+    assert set(RENDERERS) == {f"deploykit.{verb}/1" for verb in (*verbs, "ci")}
 
 
 @pytest.mark.parametrize(
