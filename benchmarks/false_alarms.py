@@ -97,7 +97,7 @@ def candidates(model: Any, samples: Any, room: Path) -> Iterator[tuple[str, Any,
         path = export_stock(model, room / "stock.onnx", sample).path
         yield "stock", Candidate("stock", path, "onnxruntime-cpu"), None
     except DeploykitError as error:
-        yield "stock", None, str(error)
+        yield "stock", None, str(error).replace(f"{room}/", "")
     path = export(fused.model, room / "fused.onnx").path
     for way, runtime in (("onnx", "onnxruntime-cpu"), ("openvino", "openvino")):
         yield way, Candidate(way, path, runtime), None
