@@ -400,7 +400,7 @@ def test_augmentation_is_in_no_file(tmp_path):
     trained = train_head(base(), labelled(), recipe=recipe, augmentation=changed, folder=tmp_path)
     trained.model.save(tmp_path / "new.keras")
     body = inspect_body(load(tmp_path / "new.keras"))
-    assert {layer["name"] for layer in body["layers"]} == {"x", "conv", "bn", "relu", "conv_2", "bn_2", "gap", "head"}
+    assert {layer["name"] for layer in body["layers"]} == {"conv", "bn", "relu", "conv_2", "bn_2", "gap", "head"}
     export(trained.model, tmp_path / "new.onnx")
     assert not [node.op_type for node in onnx.load(tmp_path / "new.onnx").graph.node if "Random" in node.op_type]
 

@@ -145,7 +145,8 @@ def _scaled(kind: Any, factors: Mapping[str, float]) -> Any:
 
     class Scaled(kind):  # type: ignore[misc]
         def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
-            super().update_step(gradient, variable, learning_rate * factors.get(variable.path, 1.0))
+            path = self._trainable_variables[self._get_variable_index(variable)].path  # TensorFlow's own has none
+            super().update_step(gradient, variable, learning_rate * factors.get(path, 1.0))
 
     Scaled.__name__ = kind.__name__
     return Scaled
