@@ -356,7 +356,7 @@ def audit(
     verbose: Verbose = False,
 ) -> None:
     """Show what is trainable, what changed against a base, how it was trained, and the usual mistakes."""
-    with _terminal(json, quiet, verbose, force, [model, weights, base]) as terminal:
+    with _terminal(json, quiet, verbose, force, [model, weights, base, *(custom_objects or ())]) as terminal:
         terminal.progress("loading")
         from deploykit.deploy import Clock
         from deploykit.report.wording import count

@@ -32,7 +32,7 @@ import numpy.typing as npt
 
 from deploykit import graph
 from deploykit.data.labelled import Labelled, class_weights, digest, split
-from deploykit.errors import InputError, TrainingError
+from deploykit.errors import InputError, ProofError, TrainingError
 from deploykit.transfer import features as cache
 from deploykit.transfer.recipe import PLATEAU, PLATEAU_PATIENCE, Phase, Recipe
 from deploykit.transfer.sanity import Finding, sanity, update_ratio
@@ -193,7 +193,8 @@ def train(
     ``test`` is read once, at the end. ``augmentation``: a Keras model of the input, called in training mode only.
     ``folder``: where features are kept; by default `features.cache_folder`.
 
-    Raises TrainingError where the loss is not finite, DataError for what is wrong with the data.
+    Raises TrainingError where the loss is not finite, DataError for what is wrong with the data, ProofError where the
+    frozen body is no longer the base's.
     """
     clock, task = _Clock(), swapped.task
     train_rows, valid_rows = split(data, recipe.validation, recipe.seed)
@@ -219,9 +220,9 @@ def train(
     _absorb(next(layer for layer in swapped.head.layers if isinstance(layer, keras.layers.Dense)), mean, deviation)
     clock.lap("head")
     phases = [head]
-    unchanged = _changed(swapped, before)
-    if unchanged:
-        raise AssertionError(f"the frozen body changed in {unchanged[:3]}")
+    moved = _changed(swapped, before)
+    if moved:
+        raise ProofError(f"the frozen body changed in phase 1 ({', '.join(moved[:3])}); please report it")
     if recipe.tune is not None and recipe.unfreeze != 0:
         phases.append(_tune(swapped, data, recipe, augmentation, rows, weights, progress))
         clock.lap("tune")
